@@ -1,0 +1,34 @@
+"""Public dataset files turned into one typed form.
+
+Re-exported here is what costs next to nothing to import. The loaders need numpy and pycocotools and are
+imported from their modules, for example `ris_cache.datasets.refer`.
+"""
+
+from __future__ import annotations
+
+from ris_cache.datasets.image_roots import ImageRoots
+from ris_cache.datasets.records import (
+    Category,
+    ExpressionRecord,
+    ImageRecord,
+    InstanceRecord,
+    ReferringDataset,
+    Rle,
+    Segmentation,
+)
+from ris_cache.datasets.selection import REFER_DATASETS, Selection, parse_selections, select_split
+
+__all__ = [
+    "REFER_DATASETS",
+    "Category",
+    "ExpressionRecord",
+    "ImageRecord",
+    "ImageRoots",
+    "InstanceRecord",
+    "ReferringDataset",
+    "Rle",
+    "Segmentation",
+    "Selection",
+    "parse_selections",
+    "select_split",
+]

@@ -182,3 +182,20 @@ TINY = EncoderSpec(
 )
 
 PRESETS: dict[str, EncoderSpec] = {"paper": PAPER, "tiny": TINY}
+
+
+def spec_from_dict(fields: dict[str, Any]) -> EncoderSpec:
+    """Rebuild an `EncoderSpec` from `as_dict()` after a trip through JSON, where tuples become lists.
+
+    Raises:
+        TypeError: a field is missing or unknown.
+    """
+
+    def normalisation(values: dict[str, Any]) -> Normalisation:
+        return Normalisation(mean=tuple(values["mean"]), std=tuple(values["std"]), scale=values["scale"])
+
+    sam, clip = dict(fields["sam"]), dict(fields["clip"])
+    sam["global_attn_indexes"] = tuple(sam["global_attn_indexes"])
+    sam["normalisation"] = normalisation(sam["normalisation"])
+    clip["normalisation"] = normalisation(clip["normalisation"])
+    return EncoderSpec(preset=fields["preset"], sam=SamSpec(**sam), clip=ClipSpec(**clip))

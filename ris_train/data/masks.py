@@ -1,0 +1,64 @@
+"""Target masks for training: rasterised on the loss grid, kept packed.
+
+S side of the loss grid, which covers the squashed input frame.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from ris_cache.datasets.records import ImageRecord, InstanceRecord
+from ris_cache.datasets.segmentation import rasterise
+
+Mask = npt.NDArray[np.bool_]
+
+
+class TargetMasks:
+    """Rasterises instances on the loss grid and remembers the latest ones, one bit a cell.
+
+    Args:
+        instances: by ann_id.
+        images: by image_id, for the frame that polygons are given in.
+        size: S.
+        max_cached: instances remembered; at S = 1024 each takes 128 KiB.
+    """
+
+    def __init__(
+        self,
+        instances: Mapping[int, InstanceRecord],
+        images: Mapping[int, ImageRecord],
+        size: int,
+        *,
+        max_cached: int = 4096,
+    ) -> None:
+        self._instances = instances
+        self._images = images
+        self._size = size
+        self._max_cached = max_cached
+        self._packed: OrderedDict[int, npt.NDArray[np.uint8]] = OrderedDict()
+
+    def of(self, ann_id: int) -> Mask:
+        """Mask of one instance: bool[S, S]."""
+        packed = self._packed.get(ann_id)
+        if packed is None:
+            packed = np.packbits(self._rasterise(ann_id))
+            self._packed[ann_id] = packed
+            if len(self._packed) > self._max_cached:
+                self._packed.popitem(last=False)
+        else:
+            self._packed.move_to_end(ann_id)
+        cells = np.unpackbits(packed, count=self._size * self._size)
+        return cells.reshape(self._size, self._size).astype(bool)
+
+    def _rasterise(self, ann_id: int) -> Mask:
+        instance = self._instances[ann_id]
+        image = self._images[instance.image_id]
+        return rasterise(
+            instance.segmentation,
+            frame_size=(image.height, image.width),
+            grid_size=(self._size, self._size),
+        )

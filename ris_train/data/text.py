@@ -1,0 +1,90 @@
+"""Word pieces: from expressions to token ids.
+
+B expressions, L word pieces of the longest one in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ris_cache.errors import WeightsError
+from ris_cache.vision_imports import ensure_torchvision
+from ris_train.config import BertConfig
+
+ensure_torchvision()
+
+from transformers import AutoTokenizer, BertTokenizerFast  # noqa: E402
+
+TINY_VOCABULARY = "package:tiny"
+TINY_VOCABULARY_PATH = Path(__file__).parent / "tiny_vocab.txt"
+
+
+class Tokenizer:
+    """BERT's word pieces, cut to a length that keeps [SEP].
+
+    Args:
+        pieces: a transformers tokenizer of the BERT family.
+        max_tokens: at most so many pieces, [CLS] and [SEP] included.
+    """
+
+    def __init__(self, pieces: Any, max_tokens: int) -> None:
+        self._pieces = pieces
+        self.max_tokens = max_tokens
+
+    @classmethod
+    def load(cls, config: BertConfig, max_tokens: int) -> Tokenizer:
+        """Load the tokenizer that the configuration names.
+
+        Raises:
+            WeightsError: it is neither a folder nor to be had from the hub.
+        """
+        source = config.vocabulary or config.weights
+        if source == TINY_VOCABULARY:
+            return cls(BertTokenizerFast(str(TINY_VOCABULARY_PATH)), max_tokens)
+        if source is None:
+            raise WeightsError(
+                "model.bert names neither weights nor a vocabulary. Set model.bert.vocabulary to a tokenizer "
+                f"folder, a hub name, or {TINY_VOCABULARY}."
+            )
+        return cls.from_folder(source, max_tokens)
+
+    @classmethod
+    def from_folder(cls, source: str | Path, max_tokens: int) -> Tokenizer:
+        """Load from a folder written by `save`, or from a hub name.
+
+        Raises:
+            WeightsError: nothing usable is there.
+        """
+        try:
+            return cls(AutoTokenizer.from_pretrained(str(source)), max_tokens)
+        except (OSError, ValueError) as error:
+            raise WeightsError(
+                f"No BERT tokenizer at {source!s}. Give a folder with vocab.txt or tokenizer.json, or a hub "
+                "name that can be reached from here (model.bert.vocabulary or model.bert.weights).",
+                source=str(source),
+            ) from error
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files, so that a run needs nothing outside its directory."""
+        self._pieces.save_pretrained(str(folder))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of word pieces; ids lie below it."""
+        return len(self._pieces)
+
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Cut expressions into word pieces; a blank one becomes [CLS][SEP].
+
+        Returns:
+            token_ids int64[B, L] and text_mask bool[B, L], true on real tokens.
+        """
+        encoded = self._pieces(
+            list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        )
+        return encoded["input_ids"], encoded["attention_mask"].to(torch.bool)

@@ -1,0 +1,110 @@
+"""BERT from pretrained weights, or random where that is asked for by name."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from ris_cache.encoders.weights import WeightsRecord
+from ris_cache.errors import WeightsError
+from ris_cache.store.files import sha256_file
+from ris_cache.vision_imports import ensure_torchvision
+from ris_train.config import BertConfig
+
+ensure_torchvision()
+
+from transformers import BertConfig as TransformersBertConfig  # noqa: E402
+from transformers import BertModel  # noqa: E402
+from transformers.utils.hub import cached_file  # noqa: E402
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def load_bert(
+    config: BertConfig, *, vocab_size: int, random_seed: int | None
+) -> tuple[BertModel, WeightsRecord]:
+    """Build BERT without its pooler.
+
+    Args:
+        config: names the weights, or the sizes where they are random.
+        vocab_size: word pieces of the tokenizer that goes with it.
+        random_seed: seed of random weights, if those were asked for; None to load `config.weights`.
+
+    Raises:
+        WeightsError: weights are missing, of another architecture, or made for another vocabulary.
+    """
+    if random_seed is not None:
+        return random_bert(config, vocab_size=vocab_size, seed=random_seed)
+    if config.weights is None:
+        raise WeightsError(
+            "This recipe's BERT is of a size without published weights. Name a folder or hub name "
+            "(--set model.bert.weights=…), or ask for random weights: --random-weights."
+        )
+    path = _weight_file(config.weights)
+    try:
+        bert, report = BertModel.from_pretrained(
+            str(path.parent), add_pooling_layer=False, output_loading_info=True, use_safetensors=None
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"BERT weights at {path} cannot be loaded: {error}", path=path) from error
+    if report["missing_keys"]:
+        raise WeightsError(
+            f"BERT weights at {path} lack {sorted(report['missing_keys'])[:3]}: not a BERT encoder.",
+            path=path,
+        )
+    if bert.config.vocab_size < vocab_size:
+        raise WeightsError(
+            f"The tokenizer has {vocab_size} word pieces, BERT at {path} only {bert.config.vocab_size}. "
+            "Leave model.bert.vocabulary empty to use the tokenizer that lies beside the weights.",
+            path=path,
+        )
+    return bert, WeightsRecord(
+        kind="file", sha256=sha256_file(path).sha256, seed=None, origin=f"{config.weights}/{path.name}"
+    )
+
+
+def random_bert(config: BertConfig, *, vocab_size: int, seed: int) -> tuple[BertModel, WeightsRecord]:
+    """Build BERT with random weights; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        bert = BertModel(transformers_config(config, vocab_size=vocab_size), add_pooling_layer=False)
+    return bert, WeightsRecord(kind="random", sha256=None, seed=seed, origin="random")
+
+
+def transformers_config(config: BertConfig, *, vocab_size: int) -> TransformersBertConfig:
+    """Sizes in transformers' words. Dropout stays at BERT's 0.1."""
+    return TransformersBertConfig(
+        vocab_size=vocab_size,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        intermediate_size=config.ffn_dim,
+    )
+
+
+def _weight_file(source: str) -> Path:
+    """Find the weights of a folder or a hub name on this disk, downloading them if the hub is in reach."""
+    if Path(source).is_dir():
+        for name in WEIGHT_FILES:
+            if (Path(source) / name).is_file():
+                return Path(source) / name
+        raise WeightsError(
+            f"Folder {source} holds none of {', '.join(WEIGHT_FILES)}.", path=source
+        )
+    for name in WEIGHT_FILES:
+        try:
+            found = cached_file(source, name)
+        except OSError:
+            continue
+        if found is not None:
+            # The configuration lies in the same snapshot folder once it is fetched.
+            cached_file(source, "config.json")
+            return Path(found)
+    raise WeightsError(
+        f"BERT weights {source!r} are neither a folder nor to be had from the hub. Download {source} "
+        "(config.json, vocab.txt, model.safetensors) on a machine that can, and name the folder: "
+        "--set model.bert.weights=FOLDER. To try things out without: --random-weights.",
+        source=source,
+    )

@@ -1,0 +1,35 @@
+"""Two-dimensional sine positions, as DETR defines them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def sine_positions(height: int, width: int, channels: int, *, device: torch.device) -> Tensor:
+    """Encode each cell's normalised position by sines and cosines (DETR, Sec. 3.2 and its supplement).
+
+    Args:
+        height: H of the grid.
+        width: W of the grid.
+        channels: C, a multiple of 4; the first half encodes y, the second x.
+        device: where the result is made.
+
+    Returns:
+        float32[1, C, H, W].
+    """
+    frequencies = channels // 2
+    index = torch.arange(frequencies, device=device)
+    period = 10000.0 ** (2 * (index // 2) / frequencies)
+
+    def encode(length: int) -> Tensor:
+        # Cells count from 1 to length, scaled so that the last is 2π, as the original does.
+        position = torch.arange(1, length + 1, device=device) * (2 * math.pi / (length + 1e-6))
+        angle = position[:, None] / period
+        return torch.where(index % 2 == 0, angle.sin(), angle.cos())
+
+    y = encode(height)[:, None, :].expand(height, width, frequencies)
+    x = encode(width)[None, :, :].expand(height, width, frequencies)
+    return torch.cat([y, x], dim=-1).permute(2, 0, 1).unsqueeze(0)

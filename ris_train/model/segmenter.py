@@ -1,0 +1,129 @@
+"""The trainable model, assembled as the paper's figure shows it.
+
+B samples, C unified width, P side of SAM's embedding grid, N patch tokens, L word pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ris_cache.encoders.sam import build_mask_decoder, build_prompt_encoder
+from ris_cache.encoders.spec import EncoderSpec
+from ris_train.config import ModelConfig
+from ris_train.model.dfam import Dfam, DfamPrediction
+from ris_train.model.language import BertModel, LanguageEncoder
+from ris_train.model.mask_decoder import BatchedMaskDecoder
+from ris_train.model.pixel_decoder import NUM_LEVELS, PixelDecoder
+from ris_train.model.pwam import PixelWordAttention
+from ris_train.model.pyramid import SimpleFeaturePyramid
+from ris_train.model.sparse_prompt import SparsePrompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInputs:
+    """What the model sees of a batch.
+
+    Attributes:
+        image_embeddings: float[B, C, P, P], the cache's `sam`.
+        clip_features: float[B, N, D_clip], the cache's `clip`.
+        token_ids: int64[B, L].
+        text_mask: bool[B, L], true on real tokens.
+        category_embeddings: float[B, D_joint], CLIP-T embedding of the category; None for `cls` models.
+    """
+
+    image_embeddings: Tensor
+    clip_features: Tensor
+    token_ids: Tensor
+    text_mask: Tensor
+    category_embeddings: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOutputs:
+    """What the model says.
+
+    Attributes:
+        mask_logits: float[B, 4P, 4P], M_SAM over the squashed input frame.
+        dfam: predictions of DFAM for l = 0 … N_l; None where it was skipped.
+    """
+
+    mask_logits: Tensor
+    dfam: list[DfamPrediction] | None
+
+
+class RisModel(nn.Module):
+    """From cached features and an expression to a mask.
+
+    Args:
+        config: sizes of the trainable parts.
+        encoders: the frozen encoders whose features come in.
+        bert: the language model, without pooler.
+    """
+
+    def __init__(self, config: ModelConfig, encoders: EncoderSpec, bert: BertModel) -> None:
+        super().__init__()
+        channels = encoders.sam.out_channels
+        self.language = LanguageEncoder(bert, channels)
+        self.pwam = PixelWordAttention(encoders.clip.width, channels)
+        self.clip_pyramid = SimpleFeaturePyramid(channels, scales=(2, 1, 0.5))
+        self.pixel_decoder = PixelDecoder(
+            channels,
+            num_layers=config.pixel_decoder_layers,
+            num_heads=config.num_heads,
+            num_points=config.num_deformable_points,
+            ffn_dim=config.ffn_dim,
+            norm_groups=config.norm_groups,
+        )
+        self.sam_pyramid = SimpleFeaturePyramid(channels, scales=(1, 0.5, 0.25))
+        self.dfam = Dfam(
+            channels,
+            text_width=bert.config.hidden_size,
+            num_queries=config.num_queries,
+            num_layers=NUM_LEVELS,
+            num_heads=config.num_heads,
+            ffn_dim=config.ffn_dim,
+        )
+        self.category_projection = (
+            nn.Linear(encoders.clip.embed_dim, channels) if config.sparse_prompt == "category" else None
+        )
+        self.sparse_prompt = SparsePrompt(channels, config.num_heads)
+        self.mask_decoder = BatchedMaskDecoder(
+            build_mask_decoder(encoders.sam), build_prompt_encoder(encoders.sam)
+        )
+
+    def forward(self, inputs: ModelInputs, *, with_dfam: bool = True) -> ModelOutputs:
+        """Segment.
+
+        Args:
+            inputs: the batch.
+            with_dfam: whether to run DFAM. The mask does not depend on it, so evaluation leaves it out.
+        """
+        text = self.language(inputs.token_ids, inputs.text_mask)
+        fused = self.pwam(inputs.clip_features, text.words, inputs.text_mask)
+        decoded = self.pixel_decoder(self.clip_pyramid(fused))
+        if self.category_projection is None:
+            query = text.sentence
+        else:
+            assert inputs.category_embeddings is not None, "this model needs category embeddings"
+            query = self.category_projection(inputs.category_embeddings)
+        dense_prompt = F.interpolate(
+            decoded.dense_prompt,
+            size=inputs.image_embeddings.shape[-2:],
+            mode="bilinear",
+            align_corners=False,
+        )
+        mask_logits = self.mask_decoder(
+            inputs.image_embeddings,
+            self.sparse_prompt(query, text.words, inputs.text_mask),
+            dense_prompt,
+        )
+        predictions = None
+        if with_dfam:
+            sam_levels = self.sam_pyramid(inputs.image_embeddings)
+            predictions = self.dfam(
+                inputs.image_embeddings, sam_levels[::-1], decoded.levels[::-1], text.raw_sentence
+            )
+        return ModelOutputs(mask_logits=mask_logits, dfam=predictions)
