@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from tqdm import tqdm
 
+from ris_cache.ahead import map_ahead
 from ris_cache.datasets.records import ImageRecord, InstanceRecord
 from ris_cache.datasets.segmentation import union_mask
-from ris_train.data.batch import BatchBuilder, CategorySource, ahead
+from ris_train.data.batch import BatchBuilder, CategorySource
 from ris_train.data.samples import Sample
 from ris_train.frames import to_original_frame
 from ris_train.model.segmenter import RisModel
@@ -98,7 +100,7 @@ def count_samples(
     truth: GroundTruth,
     *,
     batch_size: int,
-    progress: Callable[[int], None] | None = None,
+    show_progress: bool = False,
 ) -> Counts:
     """Predict every sample and count its pixels in the original frame.
 
@@ -108,21 +110,23 @@ def count_samples(
         builder: makes their batches.
         truth: their annotated masks.
         batch_size: samples per forward pass; changes nothing but speed and memory.
-        progress: told how many samples were done, after each batch.
+        show_progress: whether to draw a bar on stderr.
     """
     was_training = model.training
     model.eval()
     rows = []
     try:
-        for batch in ahead(_chunks(samples, batch_size), builder.evaluation_batch):
-            mask_logits = model(batch.inputs, with_dfam=False).mask_logits
-            for sample, logits in zip(batch.samples, mask_logits, strict=True):
-                prediction = to_original_frame(logits, truth.size(sample)).cpu().numpy()
-                rows.append(
-                    count_pixels(prediction, truth.of(sample), is_no_target=not sample.ann_ids)
-                )
-            if progress is not None:
-                progress(len(batch.samples))
+        chunks = _chunks(samples, batch_size)
+        batches = map_ahead(builder.evaluation_batch, chunks, workers=1, depth=2)
+        with tqdm(total=len(samples), unit="expr", desc="evaluate", leave=False, disable=not show_progress) as bar:
+            for batch in batches:
+                mask_logits = model(batch.inputs, with_dfam=False).mask_logits
+                for sample, logits in zip(batch.samples, mask_logits, strict=True):
+                    prediction = to_original_frame(logits, truth.size(sample)).cpu().numpy()
+                    rows.append(
+                        count_pixels(prediction, truth.of(sample), is_no_target=not sample.ann_ids)
+                    )
+                bar.update(len(batch.samples))
     finally:
         model.train(was_training)
     return collect(rows)

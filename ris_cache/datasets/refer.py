@@ -44,7 +44,7 @@ def load_refer(root: Path, name: str, split_by: str) -> ReferringDataset:
         UnsafePickleError: the refs file asks for more than plain values.
     """
     for argument in (name, split_by):
-        if not argument or Path(argument).name != argument:
+        if argument in ("", ".", "..") or "/" in argument or "\\" in argument:
             raise ConfigError(f"{argument!r} is not the name of a dataset or a split_by.", found=argument)
     refs_path, instances_path = (root / name / file for file in (f"refs({split_by}).p", "instances.json"))
     for path in (refs_path, instances_path):

@@ -34,7 +34,8 @@ from open_clip.model import CLIP  # noqa: E402
 _PUBLISHED_ARCHIVES = {
     "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02": "ViT-L-14-336px.pt",
 }
-_ARCHIVE_CONSTANTS = ("input_resolution", "context_length", "vocab_size")
+# What a traced CLIP may keep beside its parameters; the spec decides all of it here.
+_ARCHIVE_CONSTANTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 _TEXTS_PER_FORWARD = 256
 
 

@@ -317,7 +317,7 @@ class CacheWriter:
     def write_sam_heads(self, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
         """Add the weights of SAM's prompt encoder and mask decoder; those that the cache has are kept."""
         if files.SAM_HEADS_NAME not in self._files:
-            contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+            contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
             self._changed[files.SAM_HEADS_NAME] = safetensors.numpy.save(contiguous)
 
     def finish(self) -> Manifest:

@@ -8,9 +8,14 @@ B samples, C channels, P side of SAM's embedding grid, T output tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from ris_cache.errors import WeightsError
 from ris_cache.vision_imports import ensure_torchvision
 
 ensure_torchvision()
@@ -55,3 +60,33 @@ class BatchedMaskDecoder(nn.Module):
         # Token 0 is SAM's IoU token, token 1 its single-output mask token.
         weights = self.decoder.output_hypernetworks_mlps[0](tokens_out[:, 1])
         return torch.einsum("bc,bchw->bhw", weights, upscaled)
+
+
+def load_sam_heads(module: BatchedMaskDecoder, heads: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Start from SAM's own decoder and position encoding, as the cache keeps them.
+
+    Args:
+        module: loaded in place.
+        heads: tensors of `mask_decoder.*` and `prompt_encoder.*`, named as in SAM's public checkpoint.
+
+    Raises:
+        WeightsError: a tensor is missing or of another shape.
+    """
+    names = {
+        "decoder.": "mask_decoder.",
+        "positions.": "prompt_encoder.pe_layer.",
+    }
+    state = {}
+    for name, tensor in module.state_dict().items():
+        prefix = next(prefix for prefix in names if name.startswith(prefix))
+        source = names[prefix] + name.removeprefix(prefix)
+        found = heads.get(source)
+        if found is None or found.shape != tensor.shape:
+            raise WeightsError(
+                f"SAM's heads in the cache do not fit: {source} is "
+                f"{'missing' if found is None else tuple(found.shape)}, expected {tuple(tensor.shape)}. "
+                "Extract the cache anew.",
+                name=source,
+            )
+        state[name] = torch.from_numpy(found)
+    module.load_state_dict(state)

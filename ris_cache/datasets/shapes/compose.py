@@ -126,6 +126,7 @@ def _describe(
     for claim in claims:
         used = {expression.sent for expression in expressions}
         phrases = [phrase for phrase in realise(claim) if phrase not in used]
+        assert phrases, "a claim is repeated at most as often as it can be worded"
         sent = phrases[int(rng.integers(len(phrases)))]
         expressions.append(Expression(constraints=claim, raw=_type_by_hand(rng, sent), sent=sent))
     return tuple(expressions)

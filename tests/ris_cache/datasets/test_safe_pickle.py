@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from ris_cache.errors import DataError, UnsafePickleError
 
 EXTENSION_CODE = 0xF1
 
+Write = Callable[[bytes], Path]
+
 
 @pytest.fixture
-def write(tmp_path: Path):
+def write(tmp_path: Path) -> Write:
     def _write(content: bytes) -> Path:
         path = tmp_path / "refs(unc).p"
         path.write_bytes(content)
@@ -101,7 +104,7 @@ def test_old_protocols_load_as_the_standard_library_loads_them(
         b"N(K\x01K\x021.",
     ],
 )
-def test_handmade_opcodes_load_as_the_standard_library_loads_them(write, content: bytes) -> None:
+def test_handmade_opcodes_load_as_the_standard_library_loads_them(write: Write, content: bytes) -> None:
     try:
         expected = pickle.loads(content, encoding="latin1")
     except (pickle.UnpicklingError, IndexError):
@@ -111,17 +114,17 @@ def test_handmade_opcodes_load_as_the_standard_library_loads_them(write, content
         assert repr(safe_pickle.load(write(content))) == repr(expected)
 
 
-def test_python_2_byte_strings_become_latin1_text(write) -> None:
+def test_python_2_byte_strings_become_latin1_text(write: Write) -> None:
     assert safe_pickle.load(write(b"U\x04caf\xe9.")) == "café"
 
 
-def test_shared_values_stay_shared(write) -> None:
+def test_shared_values_stay_shared(write: Write) -> None:
     shared = ["blue"]
-    first, second = safe_pickle.load(write(pickle.dumps([shared, shared], 2)))  # type: ignore[misc]
-    assert first is second
+    loaded: Any = safe_pickle.load(write(pickle.dumps([shared, shared], 2)))
+    assert loaded[0] is loaded[1]
 
 
-def test_a_list_that_holds_itself_does_not_trap_the_reader(write) -> None:
+def test_a_list_that_holds_itself_does_not_trap_the_reader(write: Write) -> None:
     loop: list[Any] = []
     loop.append(loop)
     loaded = safe_pickle.load(write(pickle.dumps(loop)))
@@ -159,7 +162,7 @@ def _hostile(target: Path) -> dict[str, tuple[bytes, str | None]]:
 
 
 @pytest.mark.parametrize("kind", sorted(_hostile(Path("x"))))
-def test_a_hostile_pickle_runs_nothing(write, tmp_path: Path, kind: str) -> None:
+def test_a_hostile_pickle_runs_nothing(write: Write, tmp_path: Path, kind: str) -> None:
     target = tmp_path / "ran"
     content, dotted_name = _hostile(target)[kind]
     path = write(content)
@@ -178,7 +181,7 @@ def test_a_hostile_pickle_runs_nothing(write, tmp_path: Path, kind: str) -> None
     assert caught.value.exit_code == 4
 
 
-def test_the_hostile_pickles_would_really_run(write, tmp_path: Path) -> None:
+def test_the_hostile_pickles_would_really_run(write: Write, tmp_path: Path) -> None:
     target = tmp_path / "ran"
     for kind in ("os.system by reduce, protocol 0", "GLOBAL", "STACK_GLOBAL", "INST", "OBJ"):
         pickle.loads(_hostile(target)[kind][0])
@@ -200,19 +203,19 @@ def test_the_hostile_pickles_would_really_run(write, tmp_path: Path) -> None:
         (b"\x80\x05\x97.", "NEXT_BUFFER"),
     ],
 )
-def test_opcodes_beyond_plain_values_are_refused(write, content: bytes, opcode: str) -> None:
+def test_opcodes_beyond_plain_values_are_refused(write: Write, content: bytes, opcode: str) -> None:
     with pytest.raises(UnsafePickleError, match=rf"opcode {opcode} .*nothing in it was run"):
         safe_pickle.load(write(content))
 
 
 @pytest.mark.parametrize("value", [1 + 2j, range(3), Path("x"), Calls(print, "x")])
-def test_objects_of_any_class_are_refused(write, value: object) -> None:
+def test_objects_of_any_class_are_refused(write: Write, value: object) -> None:
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         with pytest.raises(UnsafePickleError, match="asks for the global"):
             safe_pickle.load(write(pickle.dumps(value, protocol)))
 
 
-def test_every_truncation_of_a_refs_file_is_an_error(write) -> None:
+def test_every_truncation_of_a_refs_file_is_an_error(write: Write) -> None:
     refs = [{"ref_id": 0, "sent_ids": [0], "sentences": [{"sent_id": 0, "raw": "w", "tokens": ["with"]}]}]
     for protocol in (0, 2, 4):
         content = pickle.dumps(refs, protocol)
@@ -267,7 +270,7 @@ def test_one_wrong_byte_gives_a_value_or_a_data_error(
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     ],
 )
-def test_what_is_no_pickle_is_a_data_error_that_helps(write, content: bytes, text: str) -> None:
+def test_what_is_no_pickle_is_a_data_error_that_helps(write: Write, content: bytes, text: str) -> None:
     path = write(content)
     with pytest.raises(DataError, match=text) as caught:
         safe_pickle.load(path)
@@ -280,7 +283,7 @@ def test_a_missing_file_is_a_data_error(tmp_path: Path) -> None:
         safe_pickle.load(tmp_path / "refs(unc).p")
 
 
-def test_an_oversized_file_is_refused_unread(write) -> None:
+def test_an_oversized_file_is_refused_unread(write: Write) -> None:
     path = write(pickle.dumps(list(range(100))))
     size = path.stat().st_size
     assert safe_pickle.load(path, max_bytes=size) == list(range(100))
@@ -297,7 +300,7 @@ def test_an_oversized_file_is_refused_unread(write) -> None:
         b"]" * 5 + b"0" * 4 + b".",
     ],
 )
-def test_a_huge_memo_index_costs_nothing(write, content: bytes) -> None:
+def test_a_huge_memo_index_costs_nothing(write: Write, content: bytes) -> None:
     assert safe_pickle.load(write(content)) == []
 
 
@@ -310,12 +313,12 @@ def test_a_huge_memo_index_costs_nothing(write, content: bytes) -> None:
         b"I" + b"9" * 100_000 + b"\n.",
     ],
 )
-def test_a_value_that_claims_to_be_huge_is_an_error(write, content: bytes) -> None:
+def test_a_value_that_claims_to_be_huge_is_an_error(write: Write, content: bytes) -> None:
     with pytest.raises(DataError):
         safe_pickle.load(write(content))
 
 
-def test_shared_lists_that_would_expand_without_end_are_visited_once(write) -> None:
+def test_shared_lists_that_would_expand_without_end_are_visited_once(write: Write) -> None:
     doubled: list[Any] = []
     for _ in range(60):
         doubled = [doubled, doubled]  # 2⁶⁰ paths, 61 lists
@@ -332,12 +335,12 @@ def test_shared_lists_that_would_expand_without_end_are_visited_once(write) -> N
         b"]" * 200_000 + b"a" * 199_999 + b"Q.",
     ],
 )
-def test_deep_nesting_is_a_data_error(write, content: bytes) -> None:
+def test_deep_nesting_is_a_data_error(write: Write, content: bytes) -> None:
     with pytest.raises(DataError):
         safe_pickle.load(write(content))
 
 
-def test_the_depth_limit_is_where_it_is_said_to_be(write) -> None:
+def test_the_depth_limit_is_where_it_is_said_to_be(write: Write) -> None:
     def nested(depth: int) -> bytes:
         return b"]" * depth + b"a" * (depth - 1) + b"."
 
@@ -346,7 +349,7 @@ def test_the_depth_limit_is_where_it_is_said_to_be(write) -> None:
         safe_pickle.load(write(nested(safe_pickle.MAX_DEPTH + 1)))
 
 
-def test_memory_that_runs_out_is_a_data_error(write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_is_a_data_error(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(machine: object) -> object:
         raise MemoryError
 
@@ -355,7 +358,7 @@ def test_memory_that_runs_out_is_a_data_error(write, monkeypatch: pytest.MonkeyP
         safe_pickle.load(write(b"]."))
 
 
-def test_floats_keep_every_bit(write) -> None:
+def test_floats_keep_every_bit(write: Write) -> None:
     values = [0.1, -0.0, math.inf, 5e-324, 1.7976931348623157e308]
     for protocol in (0, 2):
         assert repr(safe_pickle.load(write(pickle.dumps(values, protocol)))) == repr(values)

@@ -77,7 +77,7 @@ class View:
 
 def decode(segmentation: list[list[float]], height: int, width: int) -> NDArray[np.bool_]:
     parts: NDArray[np.uint8] = coco_mask.decode(coco_mask.frPyObjects(segmentation, height, width))
-    whole: NDArray[np.bool_] = parts.any(axis=2)
+    whole: NDArray[np.bool_] = np.logical_or.reduce(parts, axis=2)
     return whole
 
 

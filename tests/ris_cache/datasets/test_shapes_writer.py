@@ -242,7 +242,7 @@ def test_either_annotation_file_alone_is_enough_to_refuse(tmp_path: Path, left_o
 def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
     root = tmp_path / "notes.txt"
     root.write_text("mine")
-    with pytest.raises(DataError, match="is a file.*Name a directory"):
+    with pytest.raises(DataError, match=r"is a file.*Name a directory"):
         write_shapes_dataset(root, num_images={"train": 1}, seed=0, overwrite=True)
     assert root.read_text() == "mine"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,6 +34,23 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
         files.write_atomically(path, fail_half_way)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_reaches_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "new" / "file.bin"
+    seen: list[str] = []
+    real_fsync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        seen.append("file" if stat.S_ISREG(os.fstat(descriptor).st_mode) else "directory")
+        seen.append("named" if path.exists() else "unnamed")
+        real_fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    files.write_atomically(path, b"content")
+    assert seen == ["directory", "unnamed", "file", "unnamed", "directory", "named"]
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, (1 << 20) + 1])

@@ -156,7 +156,7 @@ def test_a_whole_dataset_takes_about_a_second() -> None:
     found = tables.read_expressions(pq.read_table(pa.BufferReader(content)))
     seconds = time.perf_counter() - start
     assert len(found) == 142_000
-    assert seconds < 6  # 1.2 s alone on two cores; the rest is for a busy machine
+    assert seconds < 15  # about 1.2 s on an idle machine; the rest is for a busy one
 
 
 def test_new_splits_join_known_ones_and_known_predictions_stay() -> None:

@@ -1,0 +1,5 @@
+"""`python -m cli`, the same as `ris`; what torchrun starts."""
+
+from cli.app import main
+
+main()

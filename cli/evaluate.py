@@ -1,0 +1,117 @@
+"""`ris eval`: scores of a run."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from cli.options import (
+    DEFAULT_CACHE,
+    DEFAULT_RUNS,
+    CacheOption,
+    DeviceOption,
+    JsonOption,
+    RunOption,
+    RunsOption,
+    choose_device,
+)
+from cli.render import percent, print_json, print_table
+from ris_cache.errors import ConfigError
+
+
+class CategorySourceName(StrEnum):
+    """Which category a model that reads one is given."""
+
+    ANNOTATED = "annotated"
+    PREDICTED = "predicted"
+    NONE = "none"
+
+
+class CheckpointName(StrEnum):
+    """Which checkpoint of a run."""
+
+    BEST = "best"
+    LAST = "last"
+
+
+def evaluate(
+    cache: CacheOption = DEFAULT_CACHE,
+    run: RunOption = None,
+    runs: RunsOption = DEFAULT_RUNS,
+    checkpoint: Annotated[CheckpointName, typer.Option(help="Which checkpoint of the run.")] = (
+        CheckpointName.BEST
+    ),
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="Selection such as refcoco:val; all but train by default."),
+    ] = None,
+    category: Annotated[
+        CategorySourceName | None,
+        typer.Option(help="Category source; annotated by default for models that read a category."),
+    ] = None,
+    shuffle_expressions: Annotated[
+        bool,
+        typer.Option(
+            "--shuffle-expressions",
+            help="Permute the expressions of each image: how much does the text decide?",
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of that permutation.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Expressions per forward pass.")] = 32,
+    device: DeviceOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Score a run in the original frame: oIoU, mIoU, Pr@0.5-0.9 per split.
+
+    Example: ris eval --cache ./feats --split refcoco:val
+    """
+    from ris_cache.datasets import parse_selections
+    from ris_train.evaluation_run import evaluate_run
+    from ris_train.run import find_run
+
+    results, labels = evaluate_run(
+        cache,
+        find_run(runs, run),
+        checkpoint=checkpoint.value,
+        selections=parse_selections(split) if split is not None else None,
+        category_source=category.value if category is not None else None,
+        shuffle_seed=seed if shuffle_expressions else None,
+        batch_size=batch_size,
+        device=choose_device(device),
+        show_progress=True,
+    )
+    if json:
+        print_json({"weights": labels, "results": [result.as_dict() for result in results]})
+        return
+    if not results:
+        raise ConfigError("Nothing to evaluate: the selection is empty.")
+    first = results[0].as_dict()
+    thresholds = list(results[0].scores.precision)
+    print_table(
+        f"{first['expressions']} expressions",
+        ["split", "samples", "oIoU", "mIoU", *[f"Pr@{threshold}" for threshold in thresholds]],
+        [
+            [
+                result.split,
+                str(result.scores.num_samples),
+                percent(result.scores.overall_iou),
+                percent(result.scores.mean_iou),
+                *[percent(result.scores.precision[threshold]) for threshold in thresholds],
+            ]
+            for result in results
+        ],
+        caption=(
+            f"grid: {first['grid']} · rules: {first['rules']} · mask: {first['binarisation']} · category source: "
+            f"{first['category_source']} · weights: "
+            + ", ".join(f"{role} {label}" for role, label in labels.items())
+        ),
+    )
+    for result in results:
+        if result.quarantined or result.degenerate:
+            typer.echo(
+                f"note: {result.split}: {result.quarantined} expressions not scored (image unreadable at "
+                f"extraction), {result.degenerate} scored against an empty annotation",
+                err=True,
+            )

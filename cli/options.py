@@ -1,0 +1,59 @@
+"""Options that several commands share, and the defaults that make the short forms work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ris_cache.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+DataOption = Annotated[
+    Path, typer.Option("--data", help="Data root: annotation folders and images.", envvar="RIS_DATA")
+]
+CacheOption = Annotated[Path, typer.Option("--cache", help="Feature cache directory.", envvar="RIS_CACHE")]
+RunsOption = Annotated[Path, typer.Option("--runs", help="Directory of training runs.", envvar="RIS_RUNS")]
+RunOption = Annotated[str | None, typer.Option("--run", help="Run by name or path; the latest by default.")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; by default cuda if there is one.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+PresetOption = Annotated[str, typer.Option("--preset", help="Encoder preset: paper or tiny.")]
+SamWeightsOption = Annotated[
+    str | None,
+    typer.Option("--sam-weights", help="SAM checkpoint; by default searched in $RIS_WEIGHTS or ./weights."),
+]
+ClipWeightsOption = Annotated[
+    str | None,
+    typer.Option("--clip-weights", help="CLIP checkpoint, or an open_clip tag such as openai (default)."),
+]
+
+DEFAULT_DATA = Path("data")
+DEFAULT_CACHE = Path("feats")
+DEFAULT_RUNS = Path("runs")
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or CUDA if there is one.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"Device {name!r} cannot be used here: {str(error).splitlines()[0]} `ris doctor` shows what is "
+            "there.",
+            device=name,
+        ) from error
+    return device

@@ -1,0 +1,30 @@
+"""Tables and JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
+    print(json.dumps(value, indent=1))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
+    """Print a table; the first column is left-aligned, the others right-aligned."""
+    table = Table(title=title, caption=caption or None, title_justify="left", caption_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if Console().is_terminal else 110, highlight=False).print(table)
+
+
+def percent(fraction: float) -> str:
+    """A fraction as the field prints it: 0.7480 → 74.80."""
+    return f"{100 * fraction:.2f}"

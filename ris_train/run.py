@@ -1,0 +1,129 @@
+"""A run directory: configuration, environment, metrics, checkpoints, evaluations.
+
+    runs/<name>/config.yaml  env.json  metrics.jsonl  tokenizer/  checkpoints/{best,last}.safetensors  eval/
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ris_cache.errors import CheckpointError, ConfigError
+from ris_cache.store.files import write_atomically
+from ris_train.config import RunConfig
+
+LIBRARIES = ("ris", "torch", "transformers", "segment-anything", "open_clip_torch", "zarr", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Where one training run keeps its files."""
+
+    path: Path
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object per line, appended as training goes."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """The tokenizer that the run's model was trained with."""
+        return self.path / "tokenizer"
+
+    def checkpoint_path(self, name: str) -> Path:
+        """Path of the checkpoint `best` or `last`."""
+        return self.path / "checkpoints" / f"{name}.safetensors"
+
+    @classmethod
+    def create(cls, path: Path, config: RunConfig, *, facts: Mapping[str, Any]) -> RunDirectory:
+        """Make the directory and write what the run is made of.
+
+        Args:
+            path: must not hold a run yet.
+            config: resolved.
+            facts: what else to record in env.json: cache, fingerprint, labels of the weights, device.
+
+        Raises:
+            ConfigError: the directory holds a run already.
+        """
+        run = cls(path)
+        if run.config_path.exists():
+            raise ConfigError(
+                f"{path} holds a run already. Name another one with --run, or remove it.", path=path
+            )
+        write_atomically(
+            path / "env.json",
+            _json_bytes(
+                {
+                    **facts,
+                    "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "python": platform.python_version(),
+                    "platform": platform.platform(),
+                    "libraries": {name: version(name) for name in LIBRARIES},
+                }
+            ),
+        )
+        tree = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        write_atomically(run.config_path, tree.encode())
+        return run
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to the metrics."""
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(record)) + "\n")
+
+    def write_evaluation(self, name: str, results: Any) -> Path:
+        """Keep an evaluation as JSON beside the run; returns the file."""
+        path = self.path / "eval" / f"{name}.json"
+        write_atomically(path, _json_bytes(results))
+        return path
+
+
+def new_run_path(runs_dir: Path, recipe: str) -> Path:
+    """Path for a new run, named after the recipe and the time."""
+    return runs_dir / f"{recipe}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+
+def find_run(runs_dir: Path, name: str | None) -> RunDirectory:
+    """Find a run by name or path, or the latest one.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if name is not None:
+        for candidate in (runs_dir / name, Path(name)):
+            if RunDirectory(candidate).config_path.is_file():
+                return RunDirectory(candidate)
+        raise CheckpointError(
+            f"There is no run {name!r} in {runs_dir}; there are {', '.join(_run_names(runs_dir)) or 'none'}.",
+            name=name,
+        )
+    runs = [RunDirectory(path.parent) for path in runs_dir.glob("*/config.yaml")]
+    if not runs:
+        raise CheckpointError(
+            f"There is no run in {runs_dir}. Train one with `ris train`, or name another place with --runs.",
+            path=runs_dir,
+        )
+    return max(runs, key=lambda run: run.config_path.stat().st_mtime)
+
+
+def _run_names(runs_dir: Path) -> list[str]:
+    return sorted(path.parent.name for path in runs_dir.glob("*/config.yaml"))
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
