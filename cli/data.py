@@ -36,11 +36,15 @@ def synth(
 
     num_images = {"train": train, "val": val, "testA": test, "testB": test}
     with tqdm(total=sum(num_images.values()), unit="image", desc="draw") as bar:
+
+        def show(done: int) -> None:
+            bar.update(done - bar.n)
+
         summary = write_shapes_dataset(
             out,
             num_images=num_images,
             seed=seed,
-            progress=lambda done: bar.update(done - bar.n),
+            progress=show,
             overwrite=overwrite,
         )
     print_table(

@@ -20,7 +20,9 @@ NUM_PICTURES = 4
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Directory for everything the demo makes.")] = Path("demo"),
+    out: Annotated[Path, typer.Option("--out", help="Directory for everything the demo makes.")] = Path(
+        "demo"
+    ),
     train: Annotated[int, typer.Option(min=1, help="Training images to draw.")] = 1500,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps; the recipe's by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
@@ -35,7 +37,20 @@ def demo(
     data, cache, runs = out / "data", out / "feats", out / "runs"
     held_out = max(5, train // 10)
 
-    _ris("data", "synth", "--out", data, "--train", train, "--val", held_out, "--test", held_out // 2, "--seed", seed)
+    _ris(
+        "data",
+        "synth",
+        "--out",
+        data,
+        "--train",
+        train,
+        "--val",
+        held_out,
+        "--test",
+        held_out // 2,
+        "--seed",
+        seed,
+    )
     _ris(
         "extract", "--split", "refcoco", "--data", data, "--cache", cache, "--preset", "tiny",
         "--random-weights", "--seed", seed, "--batch-size", 32,
@@ -51,7 +66,17 @@ def demo(
     pictures = []
     for image, text in _examples(data):
         result = _ris_json(
-            "predict", "--image", image, "--text", text, "--runs", runs, "--run", "demo", "--out", out / "pictures"
+            "predict",
+            "--image",
+            image,
+            "--text",
+            text,
+            "--runs",
+            runs,
+            "--run",
+            "demo",
+            "--out",
+            out / "pictures",
         )
         pictures.append((text, result["overlay"]))
     _summarise(own, shuffled, pictures, seconds=time.monotonic() - started)
@@ -81,16 +106,16 @@ def _summarise(
     )
     val = next(result for result in own["results"] if result["split"] == mixed["split"])
     print(
-        f"val oIoU {val['oIoU']:.3f} with each image's own expressions, {mixed['oIoU']:.3f} with them shuffled "
-        f"within the image: the text decides {val['oIoU'] - mixed['oIoU']:.3f} of it."
+        f"val oIoU {val['oIoU']:.3f} with each image's own expressions, {mixed['oIoU']:.3f} with them "
+        f"shuffled within the image: the text decides {val['oIoU'] - mixed['oIoU']:.3f} of it."
     )
     print("Overlays:")
     for text, path in pictures:
         print(f'  {path}  "{text}"')
     weights = ", ".join(f"{role} {label}" for role, label in own["weights"].items())
     print(
-        f"Random: the encoders and BERT before training ({weights}) and the drawn scenes. Real: file formats, "
-        f"architectures (preset tiny), training, scores and masks. {seconds:.0f} s."
+        f"Random: the encoders and BERT before training ({weights}) and the drawn scenes. Real: "
+        f"file formats, architectures (preset tiny), training, scores and masks. {seconds:.0f} s."
     )
 
 

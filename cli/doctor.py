@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
+import logging
 import os
 import platform
 import shutil
 import sys
-import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,7 +49,9 @@ class Finding:
     mend: str = ""
 
 
-def doctor(data: DataOption = DEFAULT_DATA, cache: CacheOption = DEFAULT_CACHE, json: JsonOption = False) -> None:
+def doctor(
+    data: DataOption = DEFAULT_DATA, cache: CacheOption = DEFAULT_CACHE, json: JsonOption = False
+) -> None:
     """Say what is installed, which device is used, what is missing and how to mend it.
 
     Exits with 1 if something that every command needs is missing.
@@ -85,18 +86,11 @@ def _torchvision() -> Finding:
     """Whether torchvision's compiled operators match torch."""
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("torchvision") is None:
         return Finding(name="torchvision operators", state="note", found="not checked")
-    from ris_cache.vision_imports import ensure_torchvision
+    from ris_cache.vision_imports import ensure_torchvision, is_repaired
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ensure_torchvision()
-    import torch
-
-    try:
-        usable = torch._C._dispatch_has_kernel_for_dispatch_key("torchvision::nms", "CPU")
-    except RuntimeError:
-        usable = False
-    if usable:
+    logging.getLogger("ris_cache.vision_imports").setLevel(logging.ERROR)  # the table says it
+    ensure_torchvision()
+    if not is_repaired():
         return Finding(name="torchvision operators", state="ok", found="built for this torch")
     return Finding(
         name="torchvision operators",

@@ -103,8 +103,8 @@ def evaluate(
             for result in results
         ],
         caption=(
-            f"grid: {first['grid']} · rules: {first['rules']} · mask: {first['binarisation']} · category source: "
-            f"{first['category_source']} · weights: "
+            f"grid: {first['grid']} · rules: {first['rules']} · mask: {first['binarisation']} · "
+            f"category source: {first['category_source']} · weights: "
             + ", ".join(f"{role} {label}" for role, label in labels.items())
         ),
     )

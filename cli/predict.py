@@ -24,7 +24,7 @@ from ris_cache.errors import ConfigError
 def predict(
     image: Annotated[Path, typer.Option("--image", help="Image file.")],
     text: Annotated[str, typer.Option("--text", help="What to look for.")],
-    out: Annotated[Path, typer.Option("--out", help="Directory for the mask and the overlay.")] = Path("."),
+    out: Annotated[Path, typer.Option("--out", help="Directory for the mask and the overlay.")] = Path(),
     category: Annotated[
         str | None, typer.Option(help="Category of the target; predicted by CLIP if the model reads one.")
     ] = None,

@@ -28,7 +28,9 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="section.key=value, laid over both; repeatable.")
     ] = None,
-    run: Annotated[str | None, typer.Option("--run", help="Name of the run; recipe and time by default.")] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", help="Name of the run; recipe and time by default.")
+    ] = None,
     runs: RunsOption = DEFAULT_RUNS,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Random BERT, for trials; labelled everywhere.")

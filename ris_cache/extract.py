@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -175,8 +176,8 @@ def _require_space(cache_root: Path, num_images: int, shapes: dict[str, tuple[in
     free = shutil.disk_usage(cache_root).free
     if needed > free:
         raise CacheError(
-            f"{num_images} images need {needed / 2**30:.1f} GiB in {cache_root}, where {free / 2**30:.1f} GiB "
-            "are free. Free some space, choose another --cache, or extract fewer splits.",
+            f"{num_images} images need {needed / 2**30:.1f} GiB in {cache_root}, where "
+            f"{free / 2**30:.1f} GiB are free. Free some space, choose another --cache, or fewer splits.",
             needed=needed,
             free=free,
         )
@@ -191,7 +192,7 @@ def _write_shard(
     batch_size: int,
     strict: bool,
     workers: int,
-    bar: "tqdm[None]",
+    bar: tqdm[NoReturn],
 ) -> dict[int, str]:
     """Compute and write one shard; returns the reason by image_id of what was quarantined."""
     images = writer.shard_images(shard)
@@ -297,7 +298,9 @@ def _nearest_categories(
     # Annotators repeat themselves ("left", "man in red"), so each different text is encoded once.
     different, inverse = np.unique(np.array(texts), return_inverse=True)
     nearest = [
-        (encoders.encode_texts(list(different[start : start + _TEXT_BATCH])).cpu() @ embeddings.T).argmax(dim=1)
+        (encoders.encode_texts(list(different[start : start + _TEXT_BATCH])).cpu() @ embeddings.T).argmax(
+            dim=1
+        )
         for start in range(0, len(different), _TEXT_BATCH)
     ]
     found: npt.NDArray[np.int64] = torch.cat(nearest).numpy()[inverse]

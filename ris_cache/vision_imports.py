@@ -57,6 +57,11 @@ def ensure_torchvision() -> None:
         )
 
 
+def is_repaired() -> bool:
+    """Whether torchvision was imported without its compiled operators, built for another torch."""
+    return bool(_declarations)
+
+
 def _import_torchvision() -> None:
     try:
         importlib.import_module("torchvision")

@@ -18,7 +18,7 @@ from ris_cache.encoders.spec import EncoderSpec, spec_from_dict
 from ris_cache.errors import CheckpointError, FingerprintMismatchError
 from ris_cache.store.files import write_atomically
 from ris_train.config import RunConfig
-from ris_train.model.bert import BertModel, TransformersBertConfig
+from ris_train.model.bert import bert_from_dict
 from ris_train.model.segmenter import RisModel
 
 METADATA_KEY = "ris"
@@ -118,7 +118,7 @@ def load_checkpoint(path: Path, *, device: torch.device) -> tuple[RisModel, Chec
 
 def build_from_metadata(metadata: CheckpointMetadata) -> RisModel:
     """Build the model that a checkpoint describes; its weights are still to come."""
-    bert = BertModel(TransformersBertConfig.from_dict(metadata.bert), add_pooling_layer=False)
+    bert = bert_from_dict(metadata.bert)
     return RisModel(metadata.config.model, metadata.encoder_spec, bert)
 
 
@@ -155,8 +155,8 @@ def require_same_cache(metadata: CheckpointMetadata, fingerprint: str, *, path: 
     """
     if metadata.fingerprint != fingerprint:
         raise FingerprintMismatchError(
-            f"Checkpoint {path} was trained on features of fingerprint {metadata.fingerprint[:12]}; the cache "
-            f"{cache} has {fingerprint[:12]}. Name the cache it was trained from (--cache), or train anew.",
+            f"Checkpoint {path} was trained on features of fingerprint {metadata.fingerprint[:12]}; the "
+            f"cache {cache} has {fingerprint[:12]}. Name the one it was trained from: --cache.",
             expected=metadata.fingerprint,
             found=fingerprint,
         )

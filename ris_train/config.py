@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,6 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ris_cache.errors import ConfigError
 
 RECIPE_DIR = Path(__file__).parent / "recipes"
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveRate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Section(BaseModel):
@@ -35,11 +40,11 @@ class BertConfig(_Section):
 
     weights: str | None = "bert-base-uncased"
     vocabulary: str | None = None
-    hidden_size: int = Field(768, gt=0)
-    num_layers: int = Field(12, gt=0)
-    num_heads: int = Field(12, gt=0)
-    ffn_dim: int = Field(3072, gt=0)
-    vocab_size: int = Field(30522, gt=0)
+    hidden_size: Positive = 768
+    num_layers: Positive = 12
+    num_heads: Positive = 12
+    ffn_dim: Positive = 3072
+    vocab_size: Positive = 30522
 
 
 class ModelConfig(_Section):
@@ -50,13 +55,13 @@ class ModelConfig(_Section):
     """
 
     sparse_prompt: Literal["category", "cls"] = "category"
-    num_queries: int = Field(100, gt=0)
-    num_heads: int = Field(8, gt=0)
-    ffn_dim: int = Field(1024, gt=0)
-    pixel_decoder_layers: int = Field(6, gt=0)
-    num_deformable_points: int = Field(4, gt=0)
-    norm_groups: int = Field(32, gt=0)
-    max_tokens: int = Field(35, ge=3)
+    num_queries: Positive = 100
+    num_heads: Positive = 8
+    ffn_dim: Positive = 1024
+    pixel_decoder_layers: Positive = 6
+    num_deformable_points: Positive = 4
+    norm_groups: Positive = 32
+    max_tokens: Annotated[int, Field(ge=3)] = 35
     bert: BertConfig = BertConfig()
 
 
@@ -78,10 +83,10 @@ class LossConfig(_Section):
     dfam_dice: float = 5.0
     dfam_bce: float = 5.0
     dfam_vl: float = 1.0
-    mask_size: int = Field(1024, gt=0)
-    num_points: int = Field(12544, gt=0)
-    oversample: float = Field(3.0, ge=1)
-    importance_ratio: float = Field(0.75, ge=0, le=1)
+    mask_size: Positive = 1024
+    num_points: Positive = 12544
+    oversample: Annotated[float, Field(ge=1)] = 3.0
+    importance_ratio: Share = 0.75
     vl_exclude: Literal["referent", "category"] = "referent"
 
 
@@ -108,17 +113,17 @@ class TrainConfig(_Section):
         val_samples: at most so many expressions, evenly spread, in those evaluations; null for all.
     """
 
-    steps: int = Field(100_000, gt=0)
-    batch_size: int = Field(32, gt=0)
-    lr: float = Field(5e-5, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    clip_grad_norm: float = Field(0.01, gt=0)
-    milestones: tuple[float, ...] = (0.6, 0.9)
-    warmup_steps: int = Field(0, ge=0)
-    eval_every: int = Field(5_000, gt=0)
-    val_samples: int | None = Field(None, gt=0)
-    log_every: int = Field(50, gt=0)
-    seed: int = Field(0, ge=0)
+    steps: Positive = 100_000
+    batch_size: Positive = 32
+    lr: PositiveRate = 5e-5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    clip_grad_norm: PositiveRate = 0.01
+    milestones: tuple[Share, ...] = (0.6, 0.9)
+    warmup_steps: NonNegative = 0
+    eval_every: Positive = 5_000
+    val_samples: Positive | None = None
+    log_every: Positive = 50
+    seed: NonNegative = 0
 
 
 class RunConfig(_Section):
@@ -136,9 +141,7 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(RECIPE_DIR.glob("*.yaml"))}
 
 
-def load_config(
-    *, recipe: str, config_path: Path | None = None, overrides: Iterable[str] = ()
-) -> RunConfig:
+def load_config(*, recipe: str, config_path: Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:
     """Resolve the configuration.
 
     Args:

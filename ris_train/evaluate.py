@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ris_cache.ahead import map_ahead
-from ris_cache.datasets.records import ImageRecord, InstanceRecord
+from ris_cache.datasets.records import InstanceRecord
 from ris_cache.datasets.segmentation import union_mask
 from ris_train.data.batch import BatchBuilder, CategorySource
 from ris_train.data.samples import Sample
@@ -68,12 +68,12 @@ class GroundTruth:
 
     Args:
         instances: by ann_id.
-        images: by image_id.
+        sizes: (H, W) of each image, by image_id.
     """
 
-    def __init__(self, instances: Mapping[int, InstanceRecord], images: Mapping[int, ImageRecord]) -> None:
+    def __init__(self, instances: Mapping[int, InstanceRecord], sizes: Mapping[int, tuple[int, int]]) -> None:
         self._instances = instances
-        self._images = images
+        self._sizes = sizes
         # The expressions of a ref follow one another, so a few masks remembered serve nearly all.
         self._mask = lru_cache(maxsize=64)(self._rasterise)
 
@@ -83,11 +83,10 @@ class GroundTruth:
 
     def size(self, sample: Sample) -> tuple[int, int]:
         """(H, W) of the sample's image."""
-        image = self._images[sample.image_id]
-        return image.height, image.width
+        return self._sizes[sample.image_id]
 
     def _rasterise(self, image_id: int, ann_ids: tuple[int, ...]) -> npt.NDArray[np.bool_]:
-        size = (self._images[image_id].height, self._images[image_id].width)
+        size = self._sizes[image_id]
         segmentations = [self._instances[ann_id].segmentation for ann_id in ann_ids]
         return union_mask(segmentations, frame_size=size, grid_size=size)
 
@@ -118,14 +117,14 @@ def count_samples(
     try:
         chunks = _chunks(samples, batch_size)
         batches = map_ahead(builder.evaluation_batch, chunks, workers=1, depth=2)
-        with tqdm(total=len(samples), unit="expr", desc="evaluate", leave=False, disable=not show_progress) as bar:
+        with tqdm(
+            total=len(samples), unit="expr", desc="evaluate", leave=False, disable=not show_progress
+        ) as bar:
             for batch in batches:
                 mask_logits = model(batch.inputs, with_dfam=False).mask_logits
                 for sample, logits in zip(batch.samples, mask_logits, strict=True):
                     prediction = to_original_frame(logits, truth.size(sample)).cpu().numpy()
-                    rows.append(
-                        count_pixels(prediction, truth.of(sample), is_no_target=not sample.ann_ids)
-                    )
+                    rows.append(count_pixels(prediction, truth.of(sample), is_no_target=not sample.ann_ids))
                 bar.update(len(batch.samples))
     finally:
         model.train(was_training)

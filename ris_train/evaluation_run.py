@@ -75,7 +75,7 @@ def evaluate_run(
             category_source=source,
             device=device,
         )
-        truth = GroundTruth(cache.instances(samples.table_name), cache.images)
+        truth = GroundTruth(cache.instances(samples.table_name), cache.sizes)
         counts = count_samples(
             model, chosen, builder, truth, batch_size=batch_size, show_progress=show_progress
         )
@@ -131,7 +131,7 @@ def _category_source(config: RunConfig, asked: str | None) -> CategorySource:
         return "annotated" if reads_category else "none"
     if reads_category == (asked == "none"):
         raise ConfigError(
-            f"Category source {asked!r} does not fit a model with sparse_prompt={config.model.sparse_prompt}; "
+            f"Category source {asked!r} does not fit sparse_prompt={config.model.sparse_prompt}; "
             + ("use annotated or predicted." if reads_category else "it reads no category: use none."),
             category_source=asked,
         )

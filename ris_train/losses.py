@@ -37,7 +37,9 @@ class Targets:
     is_related: Tensor
 
 
-def total_loss(outputs: ModelOutputs, targets: Targets, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
+def total_loss(
+    outputs: ModelOutputs, targets: Targets, config: LossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
     """L = λ_Dice·Dice(M_SAM) + λ_BCE·BCE(M_SAM) + λ_DFAM·Σ_l(λ_Dice,l·Dice + λ_BCE,l·BCE + λ_VL,l·VL).
 
     Args:
@@ -59,8 +61,7 @@ def total_loss(outputs: ModelOutputs, targets: Targets, config: LossConfig) -> t
     loss = (
         config.mask_dice * mask_dice
         + config.mask_bce * mask_bce
-        + config.dfam
-        * (config.dfam_dice * dfam_dice + config.dfam_bce * dfam_bce + config.dfam_vl * dfam_vl)
+        + config.dfam * (config.dfam_dice * dfam_dice + config.dfam_bce * dfam_bce + config.dfam_vl * dfam_vl)
     )
     terms = {
         "mask_dice": mask_dice,

@@ -53,7 +53,9 @@ def match_queries(
     Raises:
         NonFiniteError: the cost is not finite, since the model's outputs are not.
     """
-    costs = matching_costs(prediction, instance_masks, instance_samples, points, config).cpu().double().numpy()
+    costs = (
+        matching_costs(prediction, instance_masks, instance_samples, points, config).cpu().double().numpy()
+    )
     if not np.isfinite(costs).all():
         raise NonFiniteError("The matching cost is not finite: the model's outputs have diverged.")
     samples = instance_samples.cpu().numpy()
@@ -61,7 +63,9 @@ def match_queries(
     for sample in np.unique(samples):
         instances = np.flatnonzero(samples == sample)
         rows, queries = linear_sum_assignment(costs[instances])
-        pairs += [(int(sample), int(query), int(instances[row])) for row, query in zip(rows, queries, strict=True)]
+        pairs += [
+            (int(sample), int(query), int(instances[row])) for row, query in zip(rows, queries, strict=True)
+        ]
     columns = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 3).to(instance_masks.device)
     return Matching(samples=columns[:, 0], queries=columns[:, 1], instances=columns[:, 2])
 

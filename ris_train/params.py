@@ -11,7 +11,7 @@ from ris_cache.encoders.clip import build_clip
 from ris_cache.encoders.sam import build_sam
 from ris_cache.encoders.spec import EncoderSpec
 from ris_train.config import ModelConfig
-from ris_train.model.bert import BertModel, transformers_config
+from ris_train.model.bert import random_bert
 from ris_train.model.segmenter import RisModel
 
 # Supplement, Table 2, in millions, as printed.
@@ -61,9 +61,7 @@ def count_parameters(encoders: EncoderSpec, config: ModelConfig) -> list[Paramet
     with torch.device("meta"):
         clip = build_clip(encoders.clip).visual
         sam = build_sam(encoders.sam).image_encoder
-        bert = BertModel(
-            transformers_config(config.bert, vocab_size=config.bert.vocab_size), add_pooling_layer=False
-        )
+        bert, _ = random_bert(config.bert, vocab_size=config.bert.vocab_size, seed=0)
         model = RisModel(config, encoders, bert)
 
     frozen = {"CLIP ViT": _size(clip), "SAM ViT": _size(sam)}

@@ -151,9 +151,8 @@ def require_same_weights(metadata: CheckpointMetadata, weights: dict[str, Weight
     for role, record in weights.items():
         if metadata.weights[role] != record.as_dict():
             raise FingerprintMismatchError(
-                f"The model was trained on features of {role.upper()} {metadata.weight_labels[role]}, but these "
-                f"weights are {record.label}. Name the same file (--{role}-weights), or ask for the same random "
-                "weights if it was those.",
+                f"The model was trained on features of {role.upper()} {metadata.weight_labels[role]}, but "
+                f"these weights are {record.label}. Name the same file: --{role}-weights.",
                 role=role,
                 expected=metadata.weight_labels[role],
                 found=record.label,

@@ -1,6 +1,6 @@
 """A run directory: configuration, environment, metrics, checkpoints, evaluations.
 
-    runs/<name>/config.yaml  env.json  metrics.jsonl  tokenizer/  checkpoints/{best,last}.safetensors  eval/
+runs/<name>/config.yaml  env.json  metrics.jsonl  tokenizer/  checkpoints/{best,last}.safetensors  eval/
 """
 
 from __future__ import annotations

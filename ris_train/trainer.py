@@ -197,7 +197,7 @@ class _Validation:
         self._samples = chosen
         self._batch_size = config.train.batch_size
         self._builder = _batch_builder(cache, tokenizer, config, samples, device)
-        self._truth = GroundTruth(cache.instances(samples.table_name), cache.images)
+        self._truth = GroundTruth(cache.instances(samples.table_name), cache.sizes)
 
     def score(self, model: RisModel) -> Scores:
         return score(
@@ -225,7 +225,7 @@ def _training_batches(
     builder: BatchBuilder,
 ) -> Iterator[Batch]:
     """Endless batches in the order of the sampler, built one thread ahead."""
-    masks = TargetMasks(cache.instances(samples.table_name), cache.images, config.loss.mask_size)
+    masks = TargetMasks(cache.instances(samples.table_name), cache.sizes, config.loss.mask_size)
     order = batches(
         len(usable),
         config.train.batch_size,

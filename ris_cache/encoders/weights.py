@@ -101,6 +101,16 @@ def weights_dir() -> Path:
     return Path(os.environ.get("RIS_WEIGHTS") or "weights")
 
 
+def find_published_weights(architecture: str) -> tuple[Path | None, tuple[str, ...]]:
+    """Look for an architecture's published weights in `weights_dir()`.
+
+    Returns:
+        The file, or None; and the names under which it was looked for.
+    """
+    names = (_SAM_FILES | _CLIP_FILES).get(architecture, ())
+    return _search(weights_dir(), names), names
+
+
 def resolve_sam_weights(argument: str | None, spec: SamSpec, *, random_seed: int | None) -> WeightsSource:
     """Decide which SAM weights to load.
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from ris_cache.datasets.records import ImageRecord, InstanceRecord
+from ris_cache.datasets.records import InstanceRecord
 from ris_cache.datasets.segmentation import rasterise
 
 Mask = npt.NDArray[np.bool_]
@@ -22,7 +22,7 @@ class TargetMasks:
 
     Args:
         instances: by ann_id.
-        images: by image_id, for the frame that polygons are given in.
+        sizes: (H, W) of each image, by image_id: the frame that its polygons are given in.
         size: S.
         max_cached: instances remembered; at S = 1024 each takes 128 KiB.
     """
@@ -30,13 +30,13 @@ class TargetMasks:
     def __init__(
         self,
         instances: Mapping[int, InstanceRecord],
-        images: Mapping[int, ImageRecord],
+        sizes: Mapping[int, tuple[int, int]],
         size: int,
         *,
         max_cached: int = 4096,
     ) -> None:
         self._instances = instances
-        self._images = images
+        self._sizes = sizes
         self._size = size
         self._max_cached = max_cached
         self._packed: OrderedDict[int, npt.NDArray[np.uint8]] = OrderedDict()
@@ -56,9 +56,8 @@ class TargetMasks:
 
     def _rasterise(self, ann_id: int) -> Mask:
         instance = self._instances[ann_id]
-        image = self._images[instance.image_id]
         return rasterise(
             instance.segmentation,
-            frame_size=(image.height, image.width),
+            frame_size=self._sizes[instance.image_id],
             grid_size=(self._size, self._size),
         )

@@ -79,9 +79,7 @@ def load_samples(cache: FeatureCache, selection: Selection, *, text: str) -> Sam
             known=tuple(entry.splits),
         )
     selected = [
-        expression
-        for expression in cache.expressions(selection.table_name)
-        if expression.split in splits
+        expression for expression in cache.expressions(selection.table_name) if expression.split in splits
     ]
     quarantined = cache.quarantined
     samples = tuple(

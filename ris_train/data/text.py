@@ -18,7 +18,7 @@ from ris_train.config import BertConfig
 
 ensure_torchvision()
 
-from transformers import AutoTokenizer, BertTokenizerFast  # noqa: E402
+from transformers import AutoTokenizer, BertTokenizer  # noqa: E402
 
 TINY_VOCABULARY = "package:tiny"
 TINY_VOCABULARY_PATH = Path(__file__).parent / "tiny_vocab.txt"
@@ -45,7 +45,7 @@ class Tokenizer:
         """
         source = config.vocabulary or config.weights
         if source == TINY_VOCABULARY:
-            return cls(BertTokenizerFast(str(TINY_VOCABULARY_PATH)), max_tokens)
+            return cls(BertTokenizer(str(TINY_VOCABULARY_PATH)), max_tokens)
         if source is None:
             raise WeightsError(
                 "model.bert names neither weights nor a vocabulary. Set model.bert.vocabulary to a tokenizer "

@@ -52,4 +52,6 @@ class Attention(nn.Module):
 
     def _split(self, tokens: Tensor) -> Tensor:
         """[B, T, C] → [B, H, T, C/H]."""
-        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        batch_size, length, channels = tokens.shape
+        heads = tokens.reshape(batch_size, length, self.num_heads, channels // self.num_heads)
+        return heads.transpose(1, 2)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,11 +44,12 @@ def load_bert(
         )
     path = _weight_file(config.weights)
     try:
-        bert, report = BertModel.from_pretrained(
-            str(path.parent), add_pooling_layer=False, output_loading_info=True, use_safetensors=None
+        loaded: Any = BertModel.from_pretrained(
+            str(path.parent), add_pooling_layer=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(f"BERT weights at {path} cannot be loaded: {error}", path=path) from error
+    bert, report = loaded
     if report["missing_keys"]:
         raise WeightsError(
             f"BERT weights at {path} lack {sorted(report['missing_keys'])[:3]}: not a BERT encoder.",
@@ -69,19 +70,20 @@ def random_bert(config: BertConfig, *, vocab_size: int, seed: int) -> tuple[Bert
     """Build BERT with random weights; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        bert = BertModel(transformers_config(config, vocab_size=vocab_size), add_pooling_layer=False)
+        sizes = TransformersBertConfig(
+            vocab_size=vocab_size,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            intermediate_size=config.ffn_dim,
+        )
+        bert = BertModel(sizes, add_pooling_layer=False)
     return bert, WeightsRecord(kind="random", sha256=None, seed=seed, origin="random")
 
 
-def transformers_config(config: BertConfig, *, vocab_size: int) -> TransformersBertConfig:
-    """Sizes in transformers' words. Dropout stays at BERT's 0.1."""
-    return TransformersBertConfig(
-        vocab_size=vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        intermediate_size=config.ffn_dim,
-    )
+def bert_from_dict(fields: dict[str, Any]) -> BertModel:
+    """Build the BERT that `bert.config.to_diff_dict()` describes; its weights are still to come."""
+    return BertModel(TransformersBertConfig.from_dict(fields), add_pooling_layer=False)
 
 
 def _weight_file(source: str) -> Path:
@@ -90,9 +92,7 @@ def _weight_file(source: str) -> Path:
         for name in WEIGHT_FILES:
             if (Path(source) / name).is_file():
                 return Path(source) / name
-        raise WeightsError(
-            f"Folder {source} holds none of {', '.join(WEIGHT_FILES)}.", path=source
-        )
+        raise WeightsError(f"Folder {source} holds none of {', '.join(WEIGHT_FILES)}.", path=source)
     for name in WEIGHT_FILES:
         try:
             found = cached_file(source, name)

@@ -101,9 +101,10 @@ class PixelDecoder(nn.Module):
         reference_points = _cell_centres(sizes, device=tokens.device)
         for layer in self.layers:
             tokens = layer(tokens, positions, reference_points, sizes)
+        parts = torch.split(tokens, [height * width for height, width in sizes], dim=1)
         levels = [
-            part.transpose(1, 2).unflatten(2, size)
-            for part, size in zip(tokens.split([h * w for h, w in sizes], dim=1), sizes, strict=True)
+            part.transpose(1, 2).reshape(part.shape[0], -1, height, width)
+            for part, (height, width) in zip(parts, sizes, strict=True)
         ]
         return PixelDecoderOutput(self._merge(levels), levels)
 

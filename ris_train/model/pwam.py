@@ -50,7 +50,7 @@ class PixelWordAttention(nn.Module):
         gathered = _instance_norm(self.attended(gathered))
         fused = F.gelu(self.output(gathered * F.gelu(self.gate(clip_features))))
         grid = int(clip_features.shape[1] ** 0.5)
-        return fused.transpose(1, 2).unflatten(2, (grid, grid))
+        return fused.transpose(1, 2).reshape(fused.shape[0], -1, grid, grid)
 
 
 def _instance_norm(tokens: Tensor) -> Tensor:

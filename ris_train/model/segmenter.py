@@ -12,14 +12,19 @@ from torch import Tensor, nn
 
 from ris_cache.encoders.sam import build_mask_decoder, build_prompt_encoder
 from ris_cache.encoders.spec import EncoderSpec
+from ris_cache.vision_imports import ensure_torchvision
 from ris_train.config import ModelConfig
 from ris_train.model.dfam import Dfam, DfamPrediction
-from ris_train.model.language import BertModel, LanguageEncoder
+from ris_train.model.language import LanguageEncoder
 from ris_train.model.mask_decoder import BatchedMaskDecoder
 from ris_train.model.pixel_decoder import NUM_LEVELS, PixelDecoder
 from ris_train.model.pwam import PixelWordAttention
 from ris_train.model.pyramid import SimpleFeaturePyramid
 from ris_train.model.sparse_prompt import SparsePrompt
+
+ensure_torchvision()
+
+from transformers import BertModel  # noqa: E402
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -231,6 +231,16 @@ def test_adding_computes_only_what_is_missing_and_starts_a_fresh_shard(tmp_path:
     assert all(path.read_bytes() == content for path, content in old_shards.items())
 
 
+def test_every_batch_of_images_starts_a_fresh_shard_even_after_finishing(tmp_path: Path) -> None:
+    writer = create(tmp_path / "feats")
+    assert write_images(writer, range(2)) == {0: 0, 1: 1}
+    assert write_images(writer, range(1, 3)) == {2: 4}
+    writer.finish()
+    assert write_images(writer, range(3, 4)) == {3: 8}
+    writer.finish()
+    assert len(require_whole(tmp_path / "feats").image_ids) == 4
+
+
 def test_an_extraction_repeated_changes_nothing_but_the_manifest(tmp_path: Path) -> None:
     root = tmp_path / "feats"
     extract(root, range(6), "val", bad=(1,))
