@@ -19,6 +19,7 @@ from cli.options import (
 )
 from cli.render import percent, print_json, print_table
 from ris_cache.errors import ConfigError
+from ris_cache.memory import keep_freed_memory
 
 
 class CategorySourceName(StrEnum):
@@ -71,6 +72,9 @@ def evaluate(
     from ris_train.evaluation_run import evaluate_run
     from ris_train.run import find_run
 
+    chosen = choose_device(device)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     results, labels = evaluate_run(
         cache,
         find_run(runs, run),
@@ -79,7 +83,7 @@ def evaluate(
         category_source=category.value if category is not None else None,
         shuffle_seed=seed if shuffle_expressions else None,
         batch_size=batch_size,
-        device=choose_device(device),
+        device=chosen,
         show_progress=True,
     )
     if json:

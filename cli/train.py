@@ -17,6 +17,7 @@ from cli.options import (
     choose_device,
 )
 from cli.render import percent, print_json, print_table
+from ris_cache.memory import keep_freed_memory
 
 
 def train(
@@ -52,11 +53,14 @@ def train(
 
     from ris_train.trainer import train as run_training
 
+    chosen = choose_device(device)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     report = run_training(
         cache,
         resolved,
         run_dir,
-        device=choose_device(device),
+        device=chosen,
         random_seed=resolved.train.seed if random_weights else None,
         show_progress=True,
     )

@@ -195,9 +195,10 @@ def _write_shard(
     bar: tqdm[NoReturn],
 ) -> dict[int, str]:
     """Compute and write one shard; returns the reason by image_id of what was quarantined."""
+    # float32 until the writer stores it, so that an overflow is refused by its value.
     images = writer.shard_images(shard)
     features = {
-        name: np.zeros((len(images), *shape), STORE_DTYPE)
+        name: np.zeros((len(images), *shape), np.float32)
         for name, shape in encoders.spec.feature_shapes().items()
     }
     quarantined: dict[int, str] = {}
@@ -254,7 +255,7 @@ def _encode(
     items: Sequence[_Decoded],
     rows: Sequence[int],
     encoders: FrozenEncoders,
-    features: dict[str, npt.NDArray[np.float16]],
+    features: dict[str, npt.NDArray[np.float32]],
 ) -> None:
     """Run the encoders over one batch and put the results into the rows of the shard's arrays."""
     encoded = encoders.encode(
@@ -262,8 +263,7 @@ def _encode(
         torch.from_numpy(np.stack([item.clip_pixels for item in items if item.clip_pixels is not None])),
     )
     for name, tensor in encoded.items():
-        # An overflow becomes infinite here and is refused when the shard is written.
-        features[name][rows] = tensor.to(torch.float16).cpu().numpy()
+        features[name][rows] = tensor.cpu().numpy()
 
 
 def _write_tables(writer: CacheWriter, part: _Part, encoders: FrozenEncoders) -> None:

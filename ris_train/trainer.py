@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -145,7 +146,9 @@ def train(
                 if best is None or scores.overall_iou > best[1].overall_iou:
                     best = (step, scores)
                     save_checkpoint(run.checkpoint_path("best"), model, metadata)
-                bar.write(f"step {step}: {validation.label} oIoU {100 * scores.overall_iou:.2f}")
+                if show_progress:
+                    line = f"step {step}: {validation.label} oIoU {100 * scores.overall_iou:.2f}"
+                    bar.write(line, file=sys.stderr)
             if is_last:
                 break
     assert best is not None, "the last step evaluates"

@@ -120,7 +120,9 @@ class EncoderSpec:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested values, as they enter the fingerprint."""
-        return asdict(self)
+        fields = asdict(self)
+        fields["clip"]["layer"] = self.clip.layer
+        return fields
 
 
 PAPER = EncoderSpec(
@@ -188,7 +190,7 @@ def spec_from_dict(fields: dict[str, Any]) -> EncoderSpec:
     """Rebuild an `EncoderSpec` from `as_dict()` after a trip through JSON, where tuples become lists.
 
     Raises:
-        TypeError: a field is missing or unknown.
+        TypeError: a field is missing, unknown, or of a kind that this version does not build.
     """
 
     def normalisation(values: dict[str, Any]) -> Normalisation:
@@ -196,6 +198,10 @@ def spec_from_dict(fields: dict[str, Any]) -> EncoderSpec:
 
     sam, clip = dict(fields["sam"]), dict(fields["clip"])
     sam["global_attn_indexes"] = tuple(sam["global_attn_indexes"])
+    layer = clip.pop("layer")
     sam["normalisation"] = normalisation(sam["normalisation"])
     clip["normalisation"] = normalisation(clip["normalisation"])
-    return EncoderSpec(preset=fields["preset"], sam=SamSpec(**sam), clip=ClipSpec(**clip))
+    spec = EncoderSpec(preset=fields["preset"], sam=SamSpec(**sam), clip=ClipSpec(**clip))
+    if layer != spec.clip.layer:
+        raise TypeError(f"CLIP layer {layer} is not the last one; this version reads no other")
+    return spec

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import pytest
@@ -16,6 +16,15 @@ from ris_train.model.segmenter import ModelInputs, RisModel
 VOCAB_SIZE = 50
 LENGTHS = (6, 3, 4, 2)
 """Real tokens of each expression of the random inputs; the batch is padded to the longest."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """At these sizes, handing work to a second thread costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
