@@ -178,6 +178,20 @@ def test_cells_of_a_level_keep_their_places() -> None:
         torch.testing.assert_close(decoded, projection(level))
 
 
+def test_a_cell_looks_around_its_own_centre_at_every_level(decoder: PixelDecoder) -> None:
+    """Levels that are not square tell x from y."""
+    calls: list[tuple[object, ...]] = []
+    for layer in decoder.layers:
+        layer.register_forward_pre_hook(lambda _, arguments: calls.append(arguments))
+    decoder([torch.randn(1, 16, height, width) for height, width in SIZES])
+    assert len(calls) == 2
+    for _, _, reference_points, sizes in calls:
+        assert sizes == SIZES
+        assert isinstance(reference_points, Tensor)
+        expected = cell_centres()[None, :, None, :].expand(1, -1, LEVELS, 2)
+        torch.testing.assert_close(reference_points, expected)
+
+
 def test_every_scale_reaches_the_dense_prompt(decoder: PixelDecoder) -> None:
     levels = pyramid(1, 16)
     before = decoder(levels).dense_prompt

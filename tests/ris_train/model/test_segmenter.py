@@ -210,7 +210,6 @@ def test_more_padding_changes_nothing(tiny_model: RisModel, inputs: ModelInputs)
 
 @pytest.mark.slow
 def test_the_paper_size_runs_forward_and_backward() -> None:
-    torch.set_num_threads(2)
     config = ModelConfig()
     bert, _ = random_bert(config.bert, vocab_size=config.bert.vocab_size, seed=0)
     model = RisModel(config, PAPER, bert).train()
