@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
@@ -48,7 +48,8 @@ class CheckpointMetadata(BaseModel):
         val: scores at that step, fractions; empty if none were taken.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A score over nothing is NaN, for which JSON has no number.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
     format: Literal["ris-checkpoint"] = "ris-checkpoint"
     format_version: Literal[1] = 1
@@ -61,6 +62,15 @@ class CheckpointMetadata(BaseModel):
     bert: dict[str, Any]
     step: int
     val: dict[str, float]
+
+    @field_validator("encoders")
+    @classmethod
+    def _encoders_can_be_built(cls, value: dict[str, Any]) -> dict[str, Any]:
+        try:
+            spec_from_dict(value)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"they cannot be built here ({error})") from error
+        return value
 
     @property
     def encoder_spec(self) -> EncoderSpec:

@@ -43,7 +43,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 """Colour name → RGB before jitter."""
 
-SIZE_LEVELS: tuple[float, ...] = (0.14, 0.21, 0.32)
+SIZE_LEVELS: tuple[float, ...] = (0.17, 0.26, 0.38)
 """Diameters of small, medium and large objects as fractions of the image's shorter side, before jitter."""
 
 

@@ -1,0 +1,200 @@
+"""Batches: every row belongs to its sample, whatever the order and the repeats."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ris_cache.datasets.segmentation import union_mask
+from ris_cache.datasets.selection import Selection
+from ris_cache.store.cache import CategorySet, FeatureCache
+from ris_train.config import load_config
+from ris_train.data.batch import BatchBuilder, CategorySource
+from ris_train.data.masks import TargetMasks
+from ris_train.data.samples import Sample, load_samples
+from ris_train.data.text import Tokenizer
+
+TABLE = "refcoco.unc"
+SIDE = 19
+
+
+@pytest.fixture(scope="module")
+def cache(tiny_cache: Path) -> FeatureCache:
+    """The cache of the drawn refcoco."""
+    return FeatureCache.open(tiny_cache)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """The tokenizer of the tiny recipe."""
+    config = load_config(recipe="tiny").model
+    return Tokenizer.load(config.bert, config.max_tokens)
+
+
+@pytest.fixture(scope="module")
+def categories(cache: FeatureCache) -> CategorySet:
+    """The categories of the drawn refcoco."""
+    return cache.categories(cache.manifest.datasets[TABLE].category_set)
+
+
+@pytest.fixture(scope="module")
+def samples(cache: FeatureCache) -> tuple[Sample, ...]:
+    """Ten samples of several images, one image several times, not in the order of the cache."""
+    selection = Selection(dataset="refcoco", split_by="unc", split="train")
+    loaded = load_samples(cache, selection, text="raw").samples
+    chosen = (*loaded[40:43], *loaded[:3], *loaded[20:24])
+    assert len({sample.image_id for sample in chosen}) < len(chosen)
+    return chosen
+
+
+@pytest.fixture
+def masks(cache: FeatureCache) -> TargetMasks:
+    """Target masks on a small grid."""
+    return TargetMasks(cache.instances(TABLE), cache.sizes, SIDE)
+
+
+def build(
+    cache: FeatureCache, tokenizer: Tokenizer, categories: CategorySet, source: CategorySource = "none"
+) -> BatchBuilder:
+    return BatchBuilder(
+        cache, tokenizer, categories=categories, category_source=source, device=torch.device("cpu")
+    )
+
+
+def test_every_row_is_the_cached_features_and_word_pieces_of_its_sample(
+    cache: FeatureCache, tokenizer: Tokenizer, categories: CategorySet, samples: tuple[Sample, ...]
+) -> None:
+    batch = build(cache, tokenizer, categories).evaluation_batch(samples)
+    assert batch.samples == samples
+    assert batch.targets is None
+    assert batch.inputs.image_embeddings.dtype == batch.inputs.clip_features.dtype == torch.float32
+    length = batch.inputs.token_ids.shape[1]
+    for row, sample in enumerate(samples):
+        features = cache.read([sample.image_id])
+        # float16 to float32 is exact, so bits are compared.
+        assert np.array_equal(batch.inputs.image_embeddings[row].numpy(), features.sam[0].astype(np.float32))
+        assert np.array_equal(batch.inputs.clip_features[row].numpy(), features.clip[0].astype(np.float32))
+        token_ids, text_mask = tokenizer.encode([sample.text])
+        own = token_ids.shape[1]
+        assert torch.equal(batch.inputs.token_ids[row, :own], token_ids[0])
+        assert batch.inputs.text_mask[row].tolist() == text_mask[0].tolist() + [False] * (length - own)
+
+
+def test_training_and_evaluation_give_the_model_the_same(
+    cache: FeatureCache,
+    tokenizer: Tokenizer,
+    categories: CategorySet,
+    samples: tuple[Sample, ...],
+    masks: TargetMasks,
+) -> None:
+    builder = build(cache, tokenizer, categories, "annotated")
+    training = builder.training_batch(samples, masks, vl_exclude="referent").inputs
+    evaluation = builder.evaluation_batch(samples).inputs
+    for name in (
+        "image_embeddings",
+        "clip_features",
+        "token_ids",
+        "text_mask",
+        "category_embeddings",
+    ):
+        assert torch.equal(getattr(training, name), getattr(evaluation, name)), name
+
+
+def test_targets_are_the_union_of_a_samples_instances(
+    cache: FeatureCache,
+    tokenizer: Tokenizer,
+    categories: CategorySet,
+    samples: tuple[Sample, ...],
+    masks: TargetMasks,
+) -> None:
+    """A sample of two targets among samples of one."""
+    instances = cache.instances(TABLE)
+    others = [
+        ann_id
+        for ann_id, instance in instances.items()
+        if instance.image_id == samples[1].image_id and ann_id not in samples[1].ann_ids
+    ]
+    both = (*samples[1].ann_ids, others[0])
+    asked = (samples[0], replace(samples[1], ann_ids=both), samples[2])
+    targets = build(cache, tokenizer, categories).training_batch(asked, masks, vl_exclude="referent").targets
+    assert targets is not None
+    assert targets.masks.dtype == targets.instance_masks.dtype == torch.float32
+
+    def drawn(image_id: int, *ann_ids: int) -> np.ndarray:
+        segmentations = [instances[ann_id].segmentation for ann_id in ann_ids]
+        return union_mask(segmentations, frame_size=cache.sizes[image_id], grid_size=(SIDE, SIDE))
+
+    for row, sample in enumerate(asked):
+        assert np.array_equal(targets.masks[row].numpy(), drawn(sample.image_id, *sample.ann_ids))
+    assert targets.instance_samples.tolist() == [0, 1, 1, 2]
+    owners = [(asked[0], asked[0].ann_ids[0]), (asked[1], both[0]), (asked[1], both[1])]
+    for row, (sample, ann_id) in enumerate([*owners, (asked[2], asked[2].ann_ids[0])]):
+        assert np.array_equal(targets.instance_masks[row].numpy(), drawn(sample.image_id, ann_id))
+    assert targets.masks[1].sum() > max(targets.instance_masks[1].sum(), targets.instance_masks[2].sum())
+
+
+@pytest.mark.parametrize("source", ["annotated", "predicted"])
+def test_the_category_given_is_the_one_of_the_source(
+    cache: FeatureCache,
+    tokenizer: Tokenizer,
+    categories: CategorySet,
+    samples: tuple[Sample, ...],
+    source: CategorySource,
+) -> None:
+    """Annotated and predicted ids are set to differ in every row."""
+    count = len(categories.ids)
+    asked = tuple(
+        replace(
+            sample,
+            category_id=categories.ids[row % count],
+            clip_category_id=categories.ids[(row + 1) % count],
+        )
+        for row, sample in enumerate(samples)
+    )
+    found = build(cache, tokenizer, categories, source).inputs(asked).category_embeddings
+    assert found is not None
+    for row, sample in enumerate(asked):
+        category_id = sample.category_id if source == "annotated" else sample.clip_category_id
+        expected = categories.embeddings[categories.ids.index(category_id)]
+        assert np.array_equal(found[row].numpy(), expected)
+
+
+def test_a_model_that_reads_no_category_is_given_none(
+    cache: FeatureCache, tokenizer: Tokenizer, categories: CategorySet, samples: tuple[Sample, ...]
+) -> None:
+    assert build(cache, tokenizer, categories).inputs(samples).category_embeddings is None
+
+
+@pytest.mark.parametrize(
+    ("vl_exclude", "expected"),
+    [
+        ("referent", [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]),
+        ("category", [[0, 1, 0, 1], [1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 0, 0]]),
+    ],
+)
+def test_pairs_that_are_no_negatives_are_marked(
+    cache: FeatureCache,
+    tokenizer: Tokenizer,
+    categories: CategorySet,
+    masks: TargetMasks,
+    samples: tuple[Sample, ...],
+    vl_exclude: str,
+    expected: list[list[int]],
+) -> None:
+    """0 and 1 speak of the same instance; 2 is another one; 3 is another one of 0's category."""
+    first, *strangers = {sample.ann_ids: sample for sample in samples}.values()
+    one, other = categories.ids[:2]
+    asked = (
+        replace(first, category_id=one),
+        replace(first, category_id=one, text="the same in other words"),
+        replace(strangers[0], category_id=other),
+        replace(strangers[1], category_id=one),
+    )
+    builder = build(cache, tokenizer, categories)
+    targets = builder.training_batch(asked, masks, vl_exclude=vl_exclude).targets
+    assert targets is not None
+    assert targets.is_related.int().tolist() == expected

@@ -1,0 +1,183 @@
+"""Samples: which expressions a selection takes, and shuffling that moves the text alone."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ris_cache.datasets.selection import parse_selections
+from ris_cache.errors import CacheMissError
+from ris_cache.store import files, tables
+from ris_cache.store.cache import FeatureCache
+from ris_train.data.samples import Sample, SampleSet, load_samples, shuffle_expressions
+
+TABLE = "refcoco.unc"
+
+
+@pytest.fixture(scope="module")
+def cache(tiny_cache: Path) -> FeatureCache:
+    """The cache of the drawn refcoco: train, val, testA and testB."""
+    return FeatureCache.open(tiny_cache)
+
+
+def load(cache: FeatureCache, selection: str, text: str = "raw") -> SampleSet:
+    (parsed,) = parse_selections(selection)
+    return load_samples(cache, parsed, text=text)
+
+
+@pytest.mark.parametrize(
+    ("selection", "labels"),
+    [
+        ("refcoco", {"train", "val", "testA", "testB"}),
+        ("refcoco:train", {"train"}),
+        ("refcoco:val", {"val"}),
+        ("refcoco:testA", {"testA"}),
+        ("refcoco/unc:testB", {"testB"}),
+        ("refcoco:test", {"testA", "testB"}),
+    ],
+)
+def test_a_selection_takes_the_splits_that_the_refer_api_would(
+    cache: FeatureCache, selection: str, labels: set[str]
+) -> None:
+    found = load(cache, selection)
+    expected = [expression for expression in cache.expressions(TABLE) if expression.split in labels]
+    assert {expression.split for expression in expected} == labels
+    assert [sample.sent_id for sample in found.samples] == [expression.sent_id for expression in expected]
+    assert {sample.split for sample in found.samples} == labels
+    assert (found.table_name, found.quarantined) == (TABLE, 0)
+
+
+def test_a_sample_is_its_expression(cache: FeatureCache) -> None:
+    samples = load(cache, "refcoco:val").samples
+    expressions = [expression for expression in cache.expressions(TABLE) if expression.split == "val"]
+    for sample, expression in zip(samples, expressions, strict=True):
+        assert sample == Sample(
+            split="val",
+            ref_id=expression.ref_id,
+            sent_id=expression.sent_id,
+            image_id=expression.image_id,
+            text=expression.raw,
+            ann_ids=expression.ann_ids,
+            category_id=expression.category_ids[0],
+            clip_category_id=expression.clip_category_id,
+            is_degenerate=expression.is_degenerate,
+        )
+
+
+def test_the_text_is_as_typed_or_as_cleaned(cache: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    expressions = tuple(
+        replace(expression, raw=f"RAW {expression.sent_id}", sent=f"sent {expression.sent_id}")
+        for expression in cache.expressions(TABLE)
+    )
+    monkeypatch.setattr(FeatureCache, "expressions", lambda self, name: expressions)
+    raw, sent = (load(cache, "refcoco:val", text).samples for text in ("raw", "sent"))
+    assert [sample.text for sample in raw] == [f"RAW {sample.sent_id}" for sample in raw]
+    assert [sample.text for sample in sent] == [f"sent {sample.sent_id}" for sample in sent]
+
+
+def test_expressions_of_quarantined_images_are_left_out_and_counted(tiny_cache: Path, tmp_path: Path) -> None:
+    root = tmp_path / "feats"
+    shutil.copytree(tiny_cache, root)
+    whole = load(FeatureCache.open(root), "refcoco:val")
+    bad = whole.samples[0].image_id
+    path = root / files.IMAGES_NAME
+    images = [
+        replace(image, reason="cut off in the middle") if image.image_id == bad else image
+        for image in tables.read_images(tables.read_table(path, tables.IMAGES))
+    ]
+    path.write_bytes(tables.table_bytes(tables.images_table(images)))
+
+    cache = FeatureCache.open(root)
+    found = load(cache, "refcoco:val")
+    assert found.samples == tuple(sample for sample in whole.samples if sample.image_id != bad)
+    assert found.quarantined == sum(sample.image_id == bad for sample in whole.samples) > 0
+    # The image is one of val; what is not asked for is not counted.
+    assert load(cache, "refcoco:train").quarantined == 0
+
+
+@pytest.mark.parametrize(
+    ("selection", "holds", "command"),
+    [
+        ("refcoco+:val", "it holds refcoco.unc", "ris extract --split refcoco+/unc --cache {}"),
+        ("refcocog", "it holds refcoco.unc", "ris extract --split refcocog/umd --cache {}"),
+        ("refcoco/google:val", "it holds refcoco.unc", "ris extract --split refcoco/google --cache {}"),
+        ("refcoco:testC", "train, val, testA, testB", "ris extract --split refcoco/unc:testC --cache {}"),
+    ],
+)
+def test_what_the_cache_lacks_is_named_with_the_command_that_adds_it(
+    cache: FeatureCache, selection: str, holds: str, command: str
+) -> None:
+    with pytest.raises(CacheMissError) as caught:
+        load(cache, selection)
+    message = str(caught.value)
+    assert holds in message
+    assert f"`{command.format(cache.root)}`" in message
+    # The command says what the user asked for.
+    (asked,) = parse_selections(selection)
+    (offered,) = parse_selections(command.split()[3])
+    assert offered.table_name == asked.table_name
+    assert offered.split in (None, asked.split)
+    assert caught.value.exit_code == 3
+
+
+def sample(index: int, image_id: int) -> Sample:
+    """A sample in which every value tells which one it was."""
+    return Sample(
+        split="val",
+        ref_id=1000 + index,
+        sent_id=index,
+        image_id=image_id,
+        text=f"expression {index}",
+        ann_ids=(2000 + index,),
+        category_id=3000 + index,
+        clip_category_id=4000 + index,
+        is_degenerate=index % 2 == 0,
+    )
+
+
+@given(st.lists(st.integers(0, 4), max_size=30), st.integers(0, 2**32))
+def test_shuffling_permutes_text_with_its_prediction_within_each_image(
+    image_ids: Sequence[int], seed: int
+) -> None:
+    samples = tuple(sample(index, image_id) for index, image_id in enumerate(image_ids))
+    shuffled = shuffle_expressions(samples, seed=seed)
+    assert shuffle_expressions(samples, seed=seed) == shuffled
+    for before, after in zip(samples, shuffled, strict=True):
+        source = int(after.text.removeprefix("expression "))
+        assert samples[source].image_id == before.image_id
+        assert after.clip_category_id == samples[source].clip_category_id
+        assert replace(after, text=before.text, clip_category_id=before.clip_category_id) == before
+    for image_id in set(image_ids):
+        texts = [
+            Counter(one.text for one in ours if one.image_id == image_id) for ours in (samples, shuffled)
+        ]
+        assert texts[0] == texts[1]
+
+
+def test_an_image_of_one_sample_keeps_its_expression() -> None:
+    samples = tuple(sample(index, image_id=index) for index in range(20))
+    assert shuffle_expressions(samples, seed=0) == samples
+
+
+def test_another_seed_shuffles_otherwise_and_both_shuffle() -> None:
+    """Of 30! orders, two are the same by chance never."""
+    samples = tuple(sample(index, image_id=1) for index in range(30))
+    first, second = (shuffle_expressions(samples, seed=seed) for seed in (0, 1))
+    assert len({samples, first, second}) == 3
+
+
+def test_every_order_of_three_expressions_comes_about_as_often() -> None:
+    """Six orders, 600 seeds: 100 each on average, standard deviation 9; 60 to 140 is beyond four of them."""
+    samples = tuple(sample(index, image_id=1) for index in range(3))
+    orders = Counter(
+        tuple(one.text for one in shuffle_expressions(samples, seed=seed)) for seed in range(600)
+    )
+    assert len(orders) == 6
+    assert all(60 < count < 140 for count in orders.values())

@@ -1,0 +1,231 @@
+"""The configuration: what wins over what, and errors that name every mistake with the key that was meant."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from ris_cache.encoders.spec import PRESETS
+from ris_cache.errors import ConfigError
+from ris_train.config import RunConfig, load_config, parse_config, recipes
+
+
+def write(path: Path, tree: Any) -> Path:
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def sections(model: type[BaseModel], path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], list[str]]]:
+    """Path and keys of a section and of every section inside it."""
+    found = [(path, list(model.model_fields))]
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += sections(field.annotation, (*path, name))
+    return found
+
+
+ALL_SECTIONS = sections(RunConfig)
+
+
+def test_the_sections_are_all_found() -> None:
+    """The tests below walk them; a walk that finds too few would pass in silence."""
+    assert [".".join(path) for path, _ in ALL_SECTIONS] == [
+        "",
+        "model",
+        "model.bert",
+        "loss",
+        "data",
+        "train",
+    ]
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_that_ships_loads_and_belongs_to_a_preset(name: str) -> None:
+    assert load_config(recipe=name).recipe == name
+    assert name in PRESETS
+
+
+def test_every_preset_has_a_recipe() -> None:
+    assert set(recipes()) == set(PRESETS)
+
+
+def test_the_paper_recipe_has_the_papers_settings() -> None:
+    """Supplement, "Implementations": batch 32, learning rate 5e-5, 100 queries, the weights of the losses."""
+    config = load_config(recipe="paper")
+    assert (config.train.batch_size, config.train.lr, config.model.num_queries) == (32, 5e-5, 100)
+    loss = config.loss
+    assert (loss.mask_dice, loss.mask_bce, loss.dfam) == (2, 0.5, 1)
+    assert (loss.dfam_dice, loss.dfam_bce, loss.dfam_vl) == (5, 5, 1)
+
+
+def test_a_file_wins_over_the_recipe_and_an_override_over_both(tmp_path: Path) -> None:
+    recipe = load_config(recipe="tiny")
+    path = write(tmp_path / "mine.yaml", {"train": {"steps": 7, "lr": 0.5}, "model": {"num_heads": 2}})
+    config = load_config(recipe="tiny", config_path=path, overrides=["train.lr=0.25"])
+    assert config.train.lr == 0.25
+    assert config.train.steps == 7
+    assert config.model.num_heads == 2
+    # What neither names is the recipe's, and where the recipe is silent, the default.
+    assert config.train.batch_size == recipe.train.batch_size
+    assert config.model.bert == recipe.model.bert
+    assert config.train.weight_decay == RunConfig().train.weight_decay
+
+
+def test_of_two_overrides_of_one_key_the_later_wins() -> None:
+    assert load_config(recipe="tiny", overrides=["train.steps=1", "train.steps=2"]).train.steps == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "expected"),
+    [
+        ("train.lr=1e-4", "train.lr", 1e-4),
+        ("train.milestones=[0.5, 0.75]", "train.milestones", (0.5, 0.75)),
+        ("train.val_samples=null", "train.val_samples", None),
+        ("model.bert.weights=some/folder=x", "model.bert.weights", "some/folder=x"),
+        (" loss.vl_exclude = category", "loss.vl_exclude", "category"),
+    ],
+)
+def test_an_override_is_a_key_and_a_yaml_value(override: str, path: str, expected: object) -> None:
+    value: Any = load_config(recipe="tiny", overrides=[override])
+    for part in path.split("."):
+        value = getattr(value, part)
+    assert value == expected
+
+
+def test_the_recipe_asked_for_is_the_one_recorded(tmp_path: Path) -> None:
+    """A file saved by a run names its recipe; laid over another one, it must not claim to be it."""
+    path = write(tmp_path / "saved.yaml", load_config(recipe="paper").model_dump(mode="json"))
+    assert load_config(recipe="tiny", config_path=path).recipe == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("path", "key"), [(path, key) for path, keys in ALL_SECTIONS for key in keys], ids=str
+)
+def test_a_mistyped_key_anywhere_names_the_one_that_was_meant(path: tuple[str, ...], key: str) -> None:
+    mistyped = f"{key}s"
+    tree: dict[str, Any] = {mistyped: 1}
+    for part in reversed(path):
+        tree = {part: tree}
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree, origin="a test")
+    full = ".".join((*path, mistyped))
+    assert f"{full}: unknown key; did you mean {key!r}?" in str(caught.value)
+
+
+def test_a_key_like_no_other_lists_the_known_ones_of_its_section() -> None:
+    with pytest.raises(ConfigError, match=r"data\.zzz: unknown key; known keys: train, val, text"):
+        load_config(recipe="tiny", overrides=["data.zzz=1"])
+
+
+def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.yaml", {"trian": {"steps": 5}, "train": {"batch_size": 0}})
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe="tiny", config_path=path, overrides=["model.sparse_prompt=clip", "loss.dfam=much"])
+    message = str(caught.value)
+    assert f"({path}) has 4 problem(s)" in message
+    for line in (
+        "trian: unknown key; did you mean 'train'?",
+        "train.batch_size: Input should be greater than 0 (found 0)",
+        "model.sparse_prompt: Input should be 'category' or 'cls' (found 'clip')",
+        "loss.dfam: ",
+    ):
+        assert line in message
+    assert len(caught.value.facts["problems"]) == 4  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.steps=0",
+        "train.steps=1.5",
+        "train.lr=0",
+        "train.lr=.inf",
+        "loss.mask_dice=.nan",
+        "loss.importance_ratio=1.01",
+        "train.milestones=[0.5, 2]",
+        "model.max_tokens=2",
+        "train=5",
+        "train.seed=-1",
+    ],
+)
+def test_values_out_of_range_are_refused_by_the_name_of_their_key(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe="tiny", overrides=[override])
+    assert override.partition("=")[0] in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere.yaml"
+    with pytest.raises(ConfigError, match="cannot be read: No such file or directory") as caught:
+        load_config(recipe="tiny", config_path=path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"train: [1", "is not YAML"),
+        (b"\xff\xfe\x00", "is not YAML"),
+        (b"- train", r"must hold sections, not \['train'\]"),
+        (b"just words", "must hold sections, not 'just words'"),
+        (b"!!python/object/apply:os.getcwd []", "is not YAML"),
+    ],
+    ids=["broken", "binary", "list", "text", "object"],
+)
+def test_a_file_that_holds_no_sections_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(recipe="tiny", config_path=path)
+    assert str(path) in str(caught.value)
+
+
+def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("# nothing yet\n", encoding="utf-8")
+    assert load_config(recipe="tiny", config_path=path) == load_config(recipe="tiny")
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=5", "  =5"])
+def test_an_override_without_key_or_value_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"--set takes section\.key=value"):
+        load_config(recipe="tiny", overrides=[override])
+
+
+def test_an_override_whose_value_is_not_yaml_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"The value of --set 'train\.milestones=\[1' is not YAML"):
+        load_config(recipe="tiny", overrides=["train.milestones=[1"])
+
+
+def test_an_unknown_recipe_lists_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="No recipe is called 'papre'; there are paper, tiny"):
+        load_config(recipe="papre")
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_saved_configuration_gives_the_same_configuration_back(name: str, tmp_path: Path) -> None:
+    config = load_config(recipe=name, overrides=["train.milestones=[0.1, 0.2]", "train.lr=3.3e-5"])
+    path = write(tmp_path / "config.yaml", config.model_dump(mode="json"))
+    assert parse_config(yaml.safe_load(path.read_text()), origin=str(path)) == config
+    assert load_config(recipe=name, config_path=path) == config
+
+
+def test_a_configuration_cannot_be_changed_in_place() -> None:
+    config = load_config(recipe="tiny")
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.steps = 5
+
+
+def test_resolving_a_configuration_does_not_import_torch() -> None:
+    program = (
+        "import sys; from ris_train.config import load_config; load_config(recipe='paper'); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
