@@ -37,6 +37,7 @@ class BertConfig(_Section):
         vocabulary: `package:tiny` for the small vocabulary that ships with ris, or a folder or hub name of a
             tokenizer; null takes the tokenizer that lies beside the weights.
         hidden_size, num_layers, num_heads, ffn_dim: sizes, used where no pretrained weights state them.
+        dropout: of hidden states and attention, while training.
     """
 
     weights: str | None = "bert-base-uncased"
@@ -46,6 +47,7 @@ class BertConfig(_Section):
     num_heads: Positive = 12
     ffn_dim: Positive = 3072
     vocab_size: Positive = 30522
+    dropout: Share = 0.1
 
 
 class ModelConfig(_Section):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ris_cache.encoders.positions import random_position_embedding
 from ris_cache.encoders.spec import ClipSpec
 from ris_cache.encoders.weights import (
     FileWeights,
@@ -80,7 +81,11 @@ def load_clip(spec: ClipSpec, source: WeightsSource) -> tuple[CLIP, WeightsRecor
         # Seeding the CPU generator alone: torch.manual_seed would reseed every CUDA device as well.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(source.seed)
-            return build_clip(spec), record
+            model = build_clip(spec)
+            with torch.no_grad():
+                patches = model.visual.positional_embedding[1:]
+                patches.copy_(random_position_embedding(spec.grid, spec.width))
+        return model, record
     state = _read_clip_file(source, record)
     model = build_clip(spec)
     if "logit_scale" in state:

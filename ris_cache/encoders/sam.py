@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ris_cache.encoders.positions import random_position_embedding
 from ris_cache.encoders.spec import SamSpec
 from ris_cache.encoders.weights import (
     RandomWeights,
@@ -48,7 +49,7 @@ _NUM_MULTIMASK_OUTPUTS = 3
 _DECODER_DEPTH = 2
 _IOU_HEAD_DEPTH = 3
 
-_POSITION_STD = 0.02  # ViT's usual scale for position parameters
+_RELATIVE_POSITION_STD = 0.02  # ViT's usual scale for such parameters
 _PREPROCESSING_BUFFERS = ("pixel_mean", "pixel_std")
 
 
@@ -123,7 +124,7 @@ def load_sam(spec: SamSpec, source: WeightsSource) -> tuple[SamParts, WeightsRec
     """Build SAM with weights, float32 on the CPU.
 
     Random weights leave torch's global generator as it was. segment_anything starts the image encoder's
-    position parameters at zero; random weights give them small noise, so that trials exercise them.
+    position parameters at zero; random weights draw them, so that trials exercise them.
 
     Raises:
         WeightsError: the file is missing, unreadable or of another architecture.
@@ -220,5 +221,9 @@ def _attend(attention: Attention, x: torch.Tensor) -> torch.Tensor:
 
 def _draw_positions(encoder: ImageEncoderViT) -> None:
     for name, parameter in encoder.named_parameters():
-        if name.rpartition(".")[2] in ("pos_embed", "rel_pos_h", "rel_pos_w"):
-            nn.init.normal_(parameter, std=_POSITION_STD)
+        if name.rpartition(".")[2] in ("rel_pos_h", "rel_pos_w"):
+            nn.init.normal_(parameter, std=_RELATIVE_POSITION_STD)
+    assert encoder.pos_embed is not None
+    _, grid, _, channels = encoder.pos_embed.shape
+    with torch.no_grad():
+        encoder.pos_embed.copy_(random_position_embedding(grid, channels).view(1, grid, grid, channels))

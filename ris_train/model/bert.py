@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,11 @@ def load_bert(
     path = _weight_file(config.weights)
     try:
         loaded: Any = BertModel.from_pretrained(
-            str(path.parent), add_pooling_layer=False, output_loading_info=True
+            str(path.parent),
+            add_pooling_layer=False,
+            output_loading_info=True,
+            hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(f"BERT weights at {path} cannot be loaded: {error}", path=path) from error
@@ -76,6 +81,10 @@ def random_bert(config: BertConfig, *, vocab_size: int, seed: int) -> tuple[Bert
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_heads,
             intermediate_size=config.ffn_dim,
+            hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout,
+            # BERT draws with 0.02 at width 768; narrower layers need more to pass as much on.
+            initializer_range=0.02 * math.sqrt(768 / config.hidden_size),
         )
         bert = BertModel(sizes, add_pooling_layer=False)
     return bert, WeightsRecord(kind="random", sha256=None, seed=seed, origin="random")

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ris_cache.encoders.positions import sine_positions
 from ris_train.model.attention import Attention
-from ris_train.model.positions import sine_positions
 
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's bound, so that the temperature cannot run away
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ris_cache.encoders.positions import sine_positions
 from ris_cache.vision_imports import ensure_torchvision
-from ris_train.model.positions import sine_positions
 
 ensure_torchvision()
 

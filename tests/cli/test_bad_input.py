@@ -127,7 +127,9 @@ def test_unknown_split_lists_the_known_ones(refused, drawn_data, tmp_path, split
 
 
 def test_split_that_was_not_extracted(refused, tiny_cache, tiny_runs):
-    message = refused("eval", "--cache", tiny_cache, "--runs", tiny_runs, "--split", "refcocog:val", exit_code=3)
+    message = refused(
+        "eval", "--cache", tiny_cache, "--runs", tiny_runs, "--split", "refcocog:val", exit_code=3
+    )
     assert "ris extract --split refcocog/umd" in message
 
 
@@ -263,10 +265,10 @@ def test_hostile_pickle_is_refused_and_nothing_runs(refused, data, tmp_path):
     assert not canary.exists()
 
 
-@pytest.mark.parametrize(("preset", "hint"), [("paper", "sam_vit_b_01ec64.pth"), ("tiny", "--random-weights")])
-def test_encoders_without_weights_say_what_to_get(
-    refused, drawn_data, tmp_path, monkeypatch, preset, hint
-):
+@pytest.mark.parametrize(
+    ("preset", "hint"), [("paper", "sam_vit_b_01ec64.pth"), ("tiny", "--random-weights")]
+)
+def test_encoders_without_weights_say_what_to_get(refused, drawn_data, tmp_path, monkeypatch, preset, hint):
     monkeypatch.setenv("RIS_WEIGHTS", str(tmp_path))
     message = refused(
         "extract", "--split", "refcoco", "--data", drawn_data, "--cache", tmp_path / "c", "--preset", preset,

@@ -113,7 +113,18 @@ def test_a_category_model_trains_and_names_its_category_source(ris, tiny_cache, 
         "--set", "train.val_samples=4",
     )  # fmt: skip
     assert trained.exit_code == 0, trained.output
-    command = ("eval", "--cache", tiny_cache, "--runs", tmp_path, "--device", "cpu", "--split", "refcoco:val", "--json")
+    command = (
+        "eval",
+        "--cache",
+        tiny_cache,
+        "--runs",
+        tmp_path,
+        "--device",
+        "cpu",
+        "--split",
+        "refcoco:val",
+        "--json",
+    )
     for options, source in (((), "annotated"), (("--category", "predicted"), "predicted")):
         (row,) = json.loads(ris(*command, *options).stdout)["results"]
         assert row["category_source"] == source
@@ -122,7 +133,18 @@ def test_a_category_model_trains_and_names_its_category_source(ris, tiny_cache, 
     assert "use annotated or predicted" in refused.stderr
 
     image = sorted((drawn_data / "images" / "train2014").iterdir())[0]
-    predict = ("predict", "--image", image, "--text", "the circle", "--runs", tmp_path, "--out", tmp_path, "--json")
+    predict = (
+        "predict",
+        "--image",
+        image,
+        "--text",
+        "the circle",
+        "--runs",
+        tmp_path,
+        "--out",
+        tmp_path,
+        "--json",
+    )
     assert json.loads(ris(*predict).stdout)["category_source"] == "predicted"
     assert json.loads(ris(*predict, "--category", "star").stdout)["category"] == "star"
     unknown = ris(*predict, "--category", "dog")
@@ -142,7 +164,9 @@ def test_extracting_twice_adds_nothing(ris, drawn_data, tiny_cache, tmp_path):
     assert document["present"] == 36
 
 
-def test_splits_extracted_one_after_the_other_hold_what_one_extraction_holds(ris, drawn_data, tiny_cache, tmp_path):
+def test_splits_extracted_one_after_the_other_hold_what_one_extraction_holds(
+    ris, drawn_data, tiny_cache, tmp_path
+):
     cache = tmp_path / "feats"
     for split in ("refcoco:val", "refcoco:train,refcoco:test"):
         result = ris(

@@ -19,16 +19,14 @@ CATEGORY_IDS: dict[str, int] = {
     "square": 7,
     "triangle": 13,
     "star": 18,
-    "diamond": 27,
     "cross": 44,
-    "hexagon": 67,
     "heart": 90,
 }
 """Shape name → category id, spread over 1…90 with gaps as COCO's are."""
 
 SHAPES: tuple[str, ...] = tuple(CATEGORY_IDS)
 
-ROUND_SHAPES: frozenset[str] = frozenset({"circle", "hexagon", "heart"})
+ROUND_SHAPES: frozenset[str] = frozenset({"circle", "heart"})
 """The shapes that testA refers to; testB refers to the others."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -43,7 +41,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 """Colour name → RGB before jitter."""
 
-SIZE_LEVELS: tuple[float, ...] = (0.17, 0.26, 0.38)
+SIZE_LEVELS: tuple[float, ...] = (0.18, 0.28, 0.40)
 """Diameters of small, medium and large objects as fractions of the image's shorter side, before jitter."""
 
 
@@ -61,11 +59,6 @@ def _star() -> NDArray[np.float64]:
     angles = -math.pi / 2 + math.pi * np.arange(10) / 5
     radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.45)
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
-
-
-def _diamond() -> NDArray[np.float64]:
-    # Taller than wide, so that a tilted square never passes for one.
-    return np.array([(0.0, -1.0), (0.66, 0.0), (0.0, 1.0), (-0.66, 0.0)])
 
 
 def _cross() -> NDArray[np.float64]:
@@ -90,9 +83,7 @@ _RAW_OUTLINES: dict[str, Callable[[], NDArray[np.float64]]] = {
     "square": lambda: _regular(4, first_angle=math.pi / 4),
     "triangle": lambda: _regular(3, first_angle=-math.pi / 2),
     "star": _star,
-    "diamond": _diamond,
     "cross": _cross,
-    "hexagon": lambda: _regular(6, first_angle=0.0),
     "heart": _heart,
 }
 

@@ -26,7 +26,6 @@ _SUPERSAMPLING = 3
 _MAX_ASPECT = 1.6
 _MAX_TILT = math.radians(12.0)
 _DIAMETER_JITTER = 0.05
-_VARIETY = 5  # shapes and colours that one scene draws from: few enough that objects often share them
 _NEIGHBOUR_SHARE = 0.3
 _EDGE = 2.0
 
@@ -131,12 +130,10 @@ def lay_out(rng: np.random.Generator, *, referable: Collection[str]) -> Drawing:
 
 
 def _draw_looks(rng: np.random.Generator, referable: Collection[str]) -> list[tuple[str, str]]:
-    """Choose (shape, colour) of each object from few shapes and few colours, so that objects share both."""
+    """Choose (shape, colour) of three to five objects; most share one or the other with another object."""
     while True:
         count = int(rng.integers(3, 6))
-        shapes = rng.choice(SHAPES, size=_VARIETY, replace=False).tolist()
-        colours = rng.choice(list(COLOURS), size=_VARIETY, replace=False).tolist()
-        looks = [(str(rng.choice(shapes)), str(rng.choice(colours))) for _ in range(count)]
+        looks = [(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))) for _ in range(count)]
         if sum(shape in referable for shape, _ in looks) >= 2 and len(set(looks)) > 1:
             return looks
 

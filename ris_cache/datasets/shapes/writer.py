@@ -76,7 +76,7 @@ def write_shapes_dataset(
     """Draw a referring dataset of coloured shapes and write it as RefCOCO's files.
 
     As in RefCOCO, testA and testB differ by the kind of referent: testA refers to round shapes (circle,
-    hexagon, heart), testB to the others; train and val to any. Every expression singles out its object with
+    heart), testB to the others; train and val to any. Every expression singles out its object with
     a margin (see `language`). The same arguments give the same bytes; the order of `num_images` is
     immaterial, and an image does not change when its split grows.
 

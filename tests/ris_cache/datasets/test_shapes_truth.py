@@ -35,7 +35,7 @@ NAMED_COLOURS = {
     "white": (245, 245, 245),
     "black": (25, 25, 30),
 }
-SHAPE_NAMES = ("circle", "square", "triangle", "star", "diamond", "cross", "hexagon", "heart")
+SHAPE_NAMES = ("circle", "square", "triangle", "star", "cross", "heart")
 HORIZONTAL = {"left": -1, "leftmost": -1, "right": 1, "rightmost": 1}
 VERTICAL = {"top": -1, "upper": -1, "highest": -1, "bottom": 1, "lower": 1, "lowest": 1}
 MIDDLE = {"middle": 0, "center": 0}
@@ -216,16 +216,16 @@ def test_every_kind_of_expression_occurs_about_as_often_as_intended(
     kinds = written[1].kinds
     total = sum(kinds.values())
     intended: dict[Kind, float] = {
-        "colour+shape": 0.30,
-        "colour": 0.10,
-        "shape": 0.10,
-        "size": 0.15,
-        "position": 0.20,
-        "relation": 0.15,
+        "colour+shape": 0.36,
+        "colour": 0.22,
+        "shape": 0.14,
+        "size": 0.07,
+        "position": 0.12,
+        "relation": 0.09,
     }
     assert set(kinds) == set(KINDS)
     for kind, share in intended.items():
-        assert abs(kinds[kind] / total - share) < 0.08, kind
+        assert abs(kinds[kind] / total - share) < 0.05, kind
 
 
 def test_most_referents_share_their_colour_or_shape_with_another_object(
@@ -240,7 +240,7 @@ def test_most_referents_share_their_colour_or_shape_with_another_object(
             for thing in objects
             if thing is not target
         )
-    assert shared > 0.6 * len(refs)
+    assert shared > 0.5 * len(refs)
 
 
 def test_polygons_rasterise_to_exactly_the_visible_pixels(composed: list[ComposedImage]) -> None:

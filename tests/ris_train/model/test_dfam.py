@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ris_cache.encoders.positions import sine_positions
 from ris_train.model.attention import Attention
 from ris_train.model.dfam import Dfam, DfamPrediction, QueryLayer, attention_mask
-from ris_train.model.positions import sine_positions
 
 BATCH, QUERIES, CHANNELS, TEXT_WIDTH, HEADS = 3, 6, 16, 20, 4
 GRID = 8

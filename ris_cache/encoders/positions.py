@@ -33,3 +33,22 @@ def sine_positions(height: int, width: int, channels: int, *, device: torch.devi
     y = encode(height)[:, None, :].expand(height, width, frequencies)
     x = encode(width)[None, :, :].expand(height, width, frequencies)
     return torch.cat([y, x], dim=-1).permute(2, 0, 1).unsqueeze(0)
+
+
+RANDOM_POSITION_STD = 0.29
+"""Scale of position embeddings in random encoders: half of what a patch of unit variance embeds to (1/√3)."""
+
+
+def random_position_embedding(grid: int, channels: int) -> Tensor:
+    """Draw a position embedding that tells where a token is, as trained ones do.
+
+    Trained position embeddings are smooth and as large as content; what the libraries draw is neither, and
+    random encoders would hide from the trainer where anything is. So: sine positions, plus small noise from
+    torch's current generator.
+
+    Returns:
+        float32[grid², channels], row by row.
+    """
+    sines = sine_positions(grid, grid, channels, device=torch.device("cpu"))[0].flatten(1).T
+    smooth = sines * (RANDOM_POSITION_STD / sines.std())
+    return smooth + 0.1 * RANDOM_POSITION_STD * torch.randn(grid * grid, channels)

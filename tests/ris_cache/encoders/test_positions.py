@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from ris_cache.encoders.positions import sine_positions
 from ris_cache.vision_imports import ensure_torchvision
-from ris_train.model.positions import sine_positions
 
 CPU = torch.device("cpu")
 
