@@ -11,8 +11,10 @@ from rich.table import Table
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document."""
-    print(json.dumps(value, indent=1))
+    """Print one JSON document; NaN, a score over nothing, becomes null."""
+    from ris_train.run import finite_or_null
+
+    print(json.dumps(finite_or_null(value), indent=1, allow_nan=False))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:

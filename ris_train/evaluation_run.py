@@ -90,9 +90,13 @@ def evaluate_run(
                 degenerate=sum(sample.is_degenerate for sample in chosen),
             )
         )
-    kind = "scores" if shuffle_seed is None else "scores-shuffled"
+    name = f"scores-{checkpoint}-{source}"
+    if selections is not None:
+        name += "-" + "+".join(result.split.replace(":", ".") for result in results)
+    if shuffle_seed is not None:
+        name += f"-shuffled{shuffle_seed}"
     run.write_evaluation(
-        f"{kind}-{checkpoint}-{source}",
+        name,
         {
             "checkpoint": checkpoint,
             "step": metadata.step,
@@ -122,7 +126,7 @@ def _one_split_each(
             for split in entry.splits
             if split != "train"
         ]
-    return spelt
+    return list(dict.fromkeys(spelt))
 
 
 def _category_source(config: RunConfig, asked: str | None) -> CategorySource:

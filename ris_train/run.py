@@ -6,6 +6,7 @@ runs/<name>/config.yaml  env.json  metrics.jsonl  tokenizer/  checkpoints/{best,
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,9 +83,9 @@ class RunDirectory:
         return run
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one line to the metrics."""
+        """Append one line to the metrics; a score over nothing (NaN) becomes null."""
         with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(record)) + "\n")
+            file.write(json.dumps(finite_or_null(dict(record)), allow_nan=False) + "\n")
 
     def write_evaluation(self, name: str, results: Any) -> Path:
         """Keep an evaluation as JSON beside the run; returns the file."""
@@ -125,5 +126,16 @@ def _run_names(runs_dir: Path) -> list[str]:
     return sorted(path.parent.name for path in runs_dir.glob("*/config.yaml"))
 
 
+def finite_or_null(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON cannot say, by None, at any depth of dicts and lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_null(item) for item in value]
+    return value
+
+
 def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
+    return (json.dumps(finite_or_null(value), indent=1, allow_nan=False) + "\n").encode()

@@ -143,7 +143,7 @@ def train(
                 run.log({"step": step, "val": validation.label, **_score_fields(scores)})
                 metadata = _metadata(cache, config, model, bert_record, train_set, step, scores)
                 save_checkpoint(run.checkpoint_path("last"), model, metadata)
-                if best is None or scores.overall_iou > best[1].overall_iou:
+                if best is None or _is_better(scores, best[1]):
                     best = (step, scores)
                     save_checkpoint(run.checkpoint_path("best"), model, metadata)
                 if show_progress:
@@ -263,6 +263,11 @@ def _require_finite(values: dict[str, float], step: int, batch: Batch) -> None:
             terms=broken,
             sent_ids=sent_ids,
         )
+
+
+def _is_better(new: Scores, best: Scores) -> bool:
+    """Compare by oIoU; NaN, from a selection whose masks are all empty, is worse than any score."""
+    return math.isnan(best.overall_iou) or new.overall_iou > best.overall_iou
 
 
 def _means(records: list[dict[str, float]]) -> dict[str, float]:

@@ -171,10 +171,10 @@ TINY = EncoderSpec(
     ),
     clip=ClipSpec(
         name="tiny",
-        image_size=96,
+        image_size=80,
         patch_size=8,
         width=128,
-        layers=2,
+        layers=1,
         num_heads=2,
         embed_dim=64,
         text_width=64,

@@ -79,7 +79,11 @@ def test_the_model_overfits_one_batch_beyond_an_iou_of_95(tiny_cache):
 
 def test_ten_steps_reproduce_the_pinned_losses(tiny_cache, tmp_path):
     config = _config(
-        "train.steps=10", "train.batch_size=4", "train.log_every=1", "train.val_samples=2", "train.eval_every=10"
+        "train.steps=10",
+        "train.batch_size=4",
+        "train.log_every=1",
+        "train.val_samples=2",
+        "train.eval_every=10",
     )
     train(tiny_cache, config, tmp_path / "run", device=CPU, random_seed=0)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -17,9 +17,7 @@ from typing import Literal, get_args
 from ris_cache.datasets.shapes.scene import Scene, SceneObject
 
 SizeClaim = Literal["largest", "smallest"]
-PlaceClaim = Literal[
-    "left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right", "middle"
-]
+PlaceClaim = Literal["left", "right", "top", "bottom"]
 Direction = Literal["left of", "right of", "above", "below"]
 Kind = Literal["colour+shape", "colour", "shape", "size", "position", "relation"]
 
@@ -37,12 +35,6 @@ LEAD = 0.12
 HALF_MARGIN = 0.05
 """How clearly an object "on the left" must be in the left half; the same for the other sides."""
 
-REGION_MARGIN = 0.06
-"""How clearly an object must be inside a corner's quadrant, or in the middle; others as far outside."""
-
-MIDDLE_REACH = 0.18
-"""Half the side of the middle region."""
-
 RELATION_MARGIN = 0.12
 """How much more "left of" than "above" a clear case is, as a share of the image's shorter side."""
 
@@ -55,7 +47,12 @@ _TOWARDS: dict[Direction, tuple[int, int]] = {
     "above": (0, -1),
     "below": (0, 1),
 }
-_SIDES: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
+_SIDES: dict[PlaceClaim, tuple[int, int]] = {
+    "left": (-1, 0),
+    "right": (1, 0),
+    "top": (0, -1),
+    "bottom": (0, 1),
+}
 
 
 class Reading(IntEnum):
@@ -193,15 +190,8 @@ def _is_extreme(scene: Scene, index: int, candidates: list[int], size: SizeClaim
 
 
 def _is_at(scene: Scene, index: int, candidates: list[int], place: PlaceClaim, reading: Reading) -> bool:
-    """Sides mean first among the candidates and in that half; corners and the middle mean a fixed region."""
-    mine = _share(scene, scene.objects[index])
-    if place == "middle":
-        reach = MIDDLE_REACH + reading * REGION_MARGIN
-        return max(abs(mine[0] - 0.5), abs(mine[1] - 0.5)) < reach
-    sides = [_SIDES[word] for word in place.split()]
-    if len(sides) == 2:
-        return all(_along(mine, side) - _along((0.5, 0.5), side) > -reading * REGION_MARGIN for side in sides)
-    (side,) = sides
+    """First among the candidates towards a side, and in that half of the image."""
+    mine, side = _share(scene, scene.objects[index]), _SIDES[place]
     lead = min(
         (
             _along(mine, side) - _along(_share(scene, scene.objects[other]), side)

@@ -20,16 +20,6 @@ _PLACES: dict[PlaceClaim, tuple[str, ...]] = {
     "right": ("right {}", "rightmost {}", "{} on the right", "{} on the far right", "{} on the right side"),
     "top": ("top {}", "highest {}", "upper {}", "{} at the top", "{} at the very top"),
     "bottom": ("bottom {}", "lowest {}", "lower {}", "{} at the bottom", "{} at the very bottom"),
-    "top left": ("top left {}", "upper left {}", "{} in the top left corner", "{} at top left"),
-    "top right": ("top right {}", "upper right {}", "{} in the top right corner", "{} at top right"),
-    "bottom left": ("bottom left {}", "lower left {}", "{} in the bottom left corner", "{} at bottom left"),
-    "bottom right": (
-        "bottom right {}",
-        "lower right {}",
-        "{} in the bottom right corner",
-        "{} at bottom right",
-    ),
-    "middle": ("middle {}", "center {}", "{} in the middle", "{} in the center"),
 }
 
 _DIRECTIONS: dict[Direction, tuple[str, ...]] = {

@@ -34,14 +34,7 @@ from ris_cache.datasets.shapes.language import (
     proposals,
 )
 
-MIRRORED_PLACES: dict[PlaceClaim, PlaceClaim] = {
-    "left": "right",
-    "right": "left",
-    "top left": "top right",
-    "top right": "top left",
-    "bottom left": "bottom right",
-    "bottom right": "bottom left",
-}
+MIRRORED_PLACES: dict[PlaceClaim, PlaceClaim] = {"left": "right", "right": "left"}
 MIRRORED_DIRECTIONS: dict[Direction, Direction] = {"left of": "right of", "right of": "left of"}
 
 
@@ -123,20 +116,6 @@ def test_top_means_small_y() -> None:
     view = scene(thing("red star", x=150, y=30), thing("blue star", x=150, y=170))
     assert singles_out(Constraints(place="top"), view, 0)
     assert singles_out(Constraints(place="bottom"), view, 1)
-
-
-def test_a_corner_is_spoilt_by_an_object_almost_in_it() -> None:
-    target = thing("red star", x=270, y=30)
-    corner = Constraints(place="top right")
-    assert singles_out(corner, scene(target, thing("blue star", x=60, y=30)), 0)
-    almost_there = thing("blue star", x=145, y=30)
-    assert matches(corner, scene(target, almost_there)) == [0]
-    assert not singles_out(corner, scene(target, almost_there), 0)
-
-
-def test_the_middle_is_a_region() -> None:
-    view = scene(thing("red star", x=150, y=100), thing("blue star", x=150, y=20))
-    assert singles_out(Constraints(place="middle"), view, 0)
 
 
 def test_a_relation_needs_a_clear_direction() -> None:
