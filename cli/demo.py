@@ -16,14 +16,17 @@ import typer
 from cli.render import percent, print_table
 from ris_cache.errors import ConfigError, RisError
 
-NUM_PICTURES = 4
+DEFAULT_TRAIN = 2000
+NUM_PICTURES = 3
+MIN_VAL_OIOU = 0.60
+MIN_FALL = 0.20
 
 
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Directory for everything the demo makes.")] = Path(
         "demo"
     ),
-    train: Annotated[int, typer.Option(min=1, help="Training images to draw.")] = 1500,
+    train: Annotated[int, typer.Option(min=1, help="Training images to draw.")] = DEFAULT_TRAIN,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps; the recipe's by default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
 ) -> None:
@@ -35,7 +38,7 @@ def demo(
         raise ConfigError(f"{out} is not empty. Remove it, or choose another directory with --out.", path=out)
     started = time.monotonic()
     data, cache, runs = out / "data", out / "feats", out / "runs"
-    held_out = max(5, train // 10)
+    held_out = max(5, train // 15)
 
     _ris(
         "data",
@@ -79,12 +82,19 @@ def demo(
             out / "pictures",
         )
         pictures.append((text, result["overlay"]))
-    _summarise(own, shuffled, pictures, seconds=time.monotonic() - started)
+    val_oiou, fall = _summarise(own, shuffled, pictures, seconds=time.monotonic() - started)
+    is_default = steps is None and train == DEFAULT_TRAIN
+    if is_default and (val_oiou < MIN_VAL_OIOU or fall < MIN_FALL):
+        raise RisError(
+            f"The demo's model should reach val oIoU {MIN_VAL_OIOU} and lose {MIN_FALL} when expressions are "
+            f"shuffled; it reached {val_oiou:.3f} and lost {fall:.3f}. Something in the path is broken."
+        )
 
 
 def _summarise(
     own: dict[str, Any], shuffled: dict[str, Any], pictures: list[tuple[str, str]], *, seconds: float
-) -> None:
+) -> tuple[float, float]:
+    """Print the table and what it says; returns val oIoU and how far it falls with shuffled expressions."""
     (mixed,) = shuffled["results"]
     labelled = [(result["split"], result) for result in own["results"]]
     labelled.append((f"{mixed['split']}, expressions shuffled", mixed))
@@ -117,6 +127,7 @@ def _summarise(
         f"Random: the encoders and BERT before training ({weights}) and the drawn scenes. Real: "
         f"file formats, architectures (preset tiny), training, scores and masks. {seconds:.0f} s."
     )
+    return val["oIoU"], val["oIoU"] - mixed["oIoU"]
 
 
 def _examples(data: Path) -> list[tuple[Path, str]]:

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +37,11 @@ PACKAGES = (
     "pyarrow",
     "pycocotools",
     "safetensors",
+    "google-crc32c",
+    "pydantic",
+    "pyyaml",
+    "scipy",
+    "pillow",
 )
 
 
@@ -58,7 +64,19 @@ def doctor(
 
     Example: ris doctor
     """
-    findings = [*_packages(), _torchvision(), _device(), *_weights(), _data(data), _cache(cache)]
+    findings = [*_packages(), _torchvision(), _device()]
+    probes: tuple[tuple[str, Callable[[], Finding]], ...] = (
+        ("SAM weights", _sam_weights),
+        ("CLIP weights", _clip_weights),
+        ("BERT weights", _bert_weights),
+        ("data", lambda: _data(data)),
+        ("cache", lambda: _cache(cache)),
+    )
+    for name, probe in probes:
+        try:
+            findings.append(probe())
+        except ImportError as error:  # a package above is missing; its own line says so
+            findings.append(Finding(name=name, state="note", found=f"not checked: {error}"))
     if json:
         print_json([asdict(finding) for finding in findings])
     else:
@@ -115,21 +133,44 @@ def _device() -> Finding:
     return Finding(name="device", state="note", found=f"cpu, {os.cpu_count()} processors", mend=mend)
 
 
-def _weights() -> list[Finding]:
+def _sam_weights() -> Finding:
     from ris_cache.encoders.spec import PAPER
     from ris_cache.encoders.weights import find_published_weights, weights_dir
 
-    findings = []
-    for role, name in (("SAM", PAPER.sam.name), ("CLIP", PAPER.clip.name)):
-        path, file_names = find_published_weights(name)
-        if path is not None:
-            findings.append(Finding(name=f"{role} weights", state="ok", found=str(path)))
-            continue
-        mend = f"put {file_names[0]} there, or set $RIS_WEIGHTS"
-        findings.append(
-            Finding(name=f"{role} weights", state="note", found=f"none in {weights_dir()}", mend=mend)
-        )
-    return findings
+    path, names = find_published_weights(PAPER.sam.name)
+    if path is not None:
+        return Finding(name="SAM weights", state="ok", found=str(path))
+    mend = f"for preset paper, put {names[0]} there, or set $RIS_WEIGHTS"
+    return Finding(name="SAM weights", state="note", found=f"none in {weights_dir()}", mend=mend)
+
+
+def _clip_weights() -> Finding:
+    from ris_cache.encoders.spec import PAPER
+    from ris_cache.encoders.weights import find_published_weights, weights_dir
+
+    path, names = find_published_weights(PAPER.clip.name)
+    if path is not None:
+        return Finding(name="CLIP weights", state="ok", found=str(path))
+    mend = f"downloaded on first use (open_clip tag openai); without network put {names[0]} there"
+    return Finding(name="CLIP weights", state="note", found=f"none in {weights_dir()}", mend=mend)
+
+
+def _bert_weights() -> Finding:
+    from huggingface_hub import try_to_load_from_cache
+
+    from ris_train.config import BertConfig
+
+    name = BertConfig().weights
+    assert name is not None
+    found = try_to_load_from_cache(name, "model.safetensors")
+    if isinstance(found, str):
+        return Finding(name="BERT weights", state="ok", found=found)
+    return Finding(
+        name="BERT weights",
+        state="note",
+        found=f"{name} not downloaded yet",
+        mend="downloaded on first use; without network --set model.bert.weights=FOLDER",
+    )
 
 
 def _data(root: Path) -> Finding:

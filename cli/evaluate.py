@@ -18,7 +18,6 @@ from cli.options import (
     choose_device,
 )
 from cli.render import percent, print_json, print_table
-from ris_cache.errors import ConfigError
 from ris_cache.memory import keep_freed_memory
 
 
@@ -89,8 +88,6 @@ def evaluate(
     if json:
         print_json({"weights": labels, "results": [result.as_dict() for result in results]})
         return
-    if not results:
-        raise ConfigError("Nothing to evaluate: the selection is empty.")
     first = results[0].as_dict()
     thresholds = list(results[0].scores.precision)
     print_table(

@@ -19,7 +19,7 @@ from cli.options import (
     choose_device,
 )
 from cli.render import print_json, print_table
-from ris_cache.errors import ConfigError
+from ris_cache.errors import ConfigError, DataError
 
 
 def extract(
@@ -54,6 +54,8 @@ def extract(
     if preset not in PRESETS:
         raise ConfigError(f"Unknown preset {preset!r}; there are {', '.join(PRESETS)}.", preset=preset)
     spec = PRESETS[preset]
+    if not data.is_dir():  # before any weights are looked for or downloaded
+        raise DataError(f"There is no data root at {data}. Name one with --data or $RIS_DATA.", path=data)
     random_seed = seed if random_weights else None
     sam_source = resolve_sam_weights(sam_weights, spec.sam, random_seed=random_seed)
     clip_source = resolve_clip_weights(clip_weights, spec.clip, random_seed=random_seed)

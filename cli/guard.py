@@ -35,6 +35,11 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(INTERRUPTED) from None
         except RisError as error:
             _report(str(error), error.exit_code, error)
+        except (MemoryError, RuntimeError) as error:
+            # torch's class for a full device is found by name, so that --help need not import torch.
+            if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+                raise
+            _report("out of memory; lower --batch-size (or --set train.batch_size=…)", 1, error)
         except OSError as error:
             _report(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1, error)
 

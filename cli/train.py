@@ -51,6 +51,8 @@ def train(
     resolved = load_config(recipe=recipe, config_path=config, overrides=set_ or [])
     run_dir = runs / run if run is not None else new_run_path(runs, recipe)
 
+    from ris_train.evaluate import BINARISATION, GRID
+    from ris_train.evaluation_run import RULES_NAME
     from ris_train.trainer import train as run_training
 
     chosen = choose_device(device)
@@ -71,6 +73,9 @@ def train(
                 "best_step": report.best_step,
                 "oIoU": report.best.overall_iou,
                 "mIoU": report.best.mean_iou,
+                "num_samples": report.best.num_samples,
+                "category_source": report.category_source,
+                "weights": report.weights,
                 "seconds": report.seconds,
                 "left_out": report.left_out,
             }
@@ -87,4 +92,9 @@ def train(
             ["expressions left out of training", str(report.left_out)],
             ["checkpoint", str(report.run.checkpoint_path("best"))],
         ],
+        caption=(
+            f"{report.best.num_samples} of {report.val_size} expressions · grid: {GRID} · "
+            f"rules: {RULES_NAME} · mask: {BINARISATION} · category source: {report.category_source} · weights: "
+            + ", ".join(f"{role} {label}" for role, label in report.weights.items())
+        ),
     )

@@ -90,7 +90,7 @@ def extract(
 ) -> ExtractionReport:
     """Bring a cache to hold the features and tables of the selected expressions.
 
-    Images that the cache has already are not computed again.
+    Images that the cache has already are not computed again; those it has quarantined are tried again.
 
     Args:
         selections: what to extract.
@@ -126,7 +126,7 @@ def extract(
         dtype=STORE_DTYPE.name,
         libraries={"torch": torch.__version__},
     )
-    rows = writer.add_images([images[image_id] for image_id in sorted(images)])
+    rows = writer.add_images([images[image_id] for image_id in sorted(images)], retry_quarantined=True)
     _require_space(cache_root, len(rows), shapes)
 
     quarantined: dict[int, str] = {}

@@ -37,6 +37,7 @@ class BertConfig(_Section):
         vocabulary: `package:tiny` for the small vocabulary that ships with ris, or a folder or hub name of a
             tokenizer; null takes the tokenizer that lies beside the weights.
         hidden_size, num_layers, num_heads, ffn_dim: sizes, used where no pretrained weights state them.
+        vocab_size: word pieces, for `ris params`; a model that is built takes its tokenizer's.
         dropout: of hidden states and attention, while training.
     """
 

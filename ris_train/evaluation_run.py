@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ris_cache.datasets.selection import Selection, parse_selections
-from ris_cache.errors import ConfigError
+from ris_cache.errors import CacheMissError, ConfigError
 from ris_cache.store.cache import FeatureCache
 from ris_train.checkpoint import load_checkpoint, read_metadata, require_same_cache
 from ris_train.config import RunConfig
@@ -126,6 +126,12 @@ def _one_split_each(
             for split in entry.splits
             if split != "train"
         ]
+    if not spelt:
+        raise CacheMissError(
+            f"{cache.root} holds no split but train to score. Add one, such as "
+            "`ris extract --split refcoco:val`, or name train with --split.",
+            path=cache.root,
+        )
     return list(dict.fromkeys(spelt))
 
 

@@ -10,7 +10,6 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from ris_train.config import TrainConfig
-from ris_train.model.norms import ChannelLayerNorm
 
 # Of SAM's decoder, the IoU head is frozen. The hypernetworks of masks 1 to 3 have no path to a loss, since
 # the first mask alone is used; freezing them says so, and keeps weight decay from eroding them.
@@ -22,7 +21,7 @@ FROZEN_PREFIXES = (
 )
 # Learned vectors that are embeddings in all but class.
 EMBEDDING_NAMES = ("pixel_decoder.level_embed", "dfam.logit_scale", "dfam.logit_bias")
-NORM_CLASSES = (nn.LayerNorm, nn.GroupNorm, ChannelLayerNorm)
+NORM_CLASSES = (nn.LayerNorm, nn.GroupNorm)
 
 
 def trainable_groups(model: nn.Module) -> dict[str, list[str]]:

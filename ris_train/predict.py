@@ -75,14 +75,15 @@ class Predictor:
 
         Args:
             run: the run.
-            sam_weights: as in extraction; ignored where the run was trained on random encoders, which its
-                checkpoint then names by their seed.
+            sam_weights: as in extraction. A run that was trained on random encoders names their seed in its
+                checkpoint, so none can be given for it.
             clip_weights: likewise.
             device: where everything runs.
 
         Raises:
             CheckpointError: the run has no usable checkpoint.
             WeightsError: weights are missing.
+            ConfigError: weights are given for a run on random encoders.
             FingerprintMismatchError: they are not those that the model was trained with.
         """
         model, metadata = load_checkpoint(run.checkpoint_path("best"), device=device)

@@ -100,7 +100,7 @@ def new_run_path(runs_dir: Path, recipe: str) -> Path:
 
 
 def find_run(runs_dir: Path, name: str | None) -> RunDirectory:
-    """Find a run by name or path, or the latest one.
+    """Find a run by name or path, or the latest one that has a checkpoint.
 
     Raises:
         CheckpointError: there is none.
@@ -119,7 +119,9 @@ def find_run(runs_dir: Path, name: str | None) -> RunDirectory:
             f"There is no run in {runs_dir}. Train one with `ris train`, or name another place with --runs.",
             path=runs_dir,
         )
-    return max(runs, key=lambda run: run.config_path.stat().st_mtime)
+    # A run that was stopped before its first evaluation has nothing to use; take the latest that has.
+    usable = [run for run in runs if run.checkpoint_path("best").is_file()]
+    return max(usable or runs, key=lambda run: run.config_path.stat().st_mtime)
 
 
 def _run_names(runs_dir: Path) -> list[str]:

@@ -21,7 +21,7 @@ from ris_cache.encoders.weights import WeightsRecord
 from ris_cache.errors import ConfigError, DataError, NonFiniteError
 from ris_cache.store.cache import FeatureCache
 from ris_train.checkpoint import CategoryNames, CheckpointMetadata, save_checkpoint
-from ris_train.config import RunConfig
+from ris_train.config import ModelConfig, RunConfig
 from ris_train.data.batch import Batch, BatchBuilder, CategorySource
 from ris_train.data.masks import TargetMasks
 from ris_train.data.sampler import batches
@@ -43,7 +43,10 @@ class TrainingReport:
 
     Attributes:
         best_step: step of the best checkpoint by oIoU on the validation selection.
-        best: its scores.
+        best: its scores; `best.num_samples` may be fewer than the selection holds (`train.val_samples`).
+        val_size: expressions of the validation selection.
+        category_source: which category the model was given.
+        weights: labels of all weights that the scores rest on.
         seconds: of training, evaluations included.
         left_out: training expressions without a usable mask or image.
     """
@@ -51,6 +54,9 @@ class TrainingReport:
     run: RunDirectory
     best_step: int
     best: Scores
+    val_size: int
+    category_source: CategorySource
+    weights: dict[str, str]
     seconds: float
     left_out: int
 
@@ -126,6 +132,7 @@ def train(
             values = {"loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
             values["grad_norm"] = grad_norm.item()
             _require_finite(values, step, batch)
+            rate = schedule.get_last_lr()[0]
             optimiser.step()
             schedule.step()
             bar.update()
@@ -136,18 +143,22 @@ def train(
                 means = _means(terms_since_log)
                 terms_since_log.clear()
                 seconds = round(time.monotonic() - started, 3)
-                run.log({"step": step, **means, "lr": schedule.get_last_lr()[0], "seconds": seconds})
+                run.log({"step": step, **means, "lr": rate, "seconds": seconds})
                 bar.set_postfix(loss=f"{means['loss']:.2f}", refresh=False)
             if step % config.train.eval_every == 0 or is_last:
                 scores = validation.score(model)
-                run.log({"step": step, "val": validation.label, **_score_fields(scores)})
+                fields = {"val": validation.label, "num_samples": scores.num_samples}
+                run.log({"step": step, **fields, **_score_fields(scores)})
                 metadata = _metadata(cache, config, model, bert_record, train_set, step, scores)
                 save_checkpoint(run.checkpoint_path("last"), model, metadata)
                 if best is None or _is_better(scores, best[1]):
                     best = (step, scores)
                     save_checkpoint(run.checkpoint_path("best"), model, metadata)
                 if show_progress:
-                    line = f"step {step}: {validation.label} oIoU {100 * scores.overall_iou:.2f}"
+                    line = (
+                        f"step {step}: {validation.label} oIoU {100 * scores.overall_iou:.2f} "
+                        f"({scores.num_samples} expressions)"
+                    )
                     bar.write(line, file=sys.stderr)
             if is_last:
                 break
@@ -156,6 +167,9 @@ def train(
         run=run,
         best_step=best[0],
         best=best[1],
+        val_size=len(val_set.samples),
+        category_source=default_category_source(config),
+        weights=labels,
         seconds=time.monotonic() - started,
         left_out=left_out,
     )
@@ -168,12 +182,41 @@ def build_model(
 
     Returns:
         The model with `requires_grad` set, and where BERT's weights came from.
+
+    Raises:
+        ConfigError: widths that do not divide, or more tokens than BERT has positions.
     """
+    encoders = spec_from_dict(cache.fingerprint.fields["encoders"])
+    _require_widths_that_divide(config.model, encoders.sam.out_channels)
     bert, record = load_bert(config.model.bert, vocab_size=tokenizer.vocab_size, random_seed=random_seed)
-    model = RisModel(config.model, spec_from_dict(cache.fingerprint.fields["encoders"]), bert)
+    if config.model.max_tokens > bert.config.max_position_embeddings:
+        raise ConfigError(
+            f"model.max_tokens is {config.model.max_tokens}, but BERT has only "
+            f"{bert.config.max_position_embeddings} positions."
+        )
+    model = RisModel(config.model, encoders, bert)
     load_sam_heads(model.mask_decoder, cache.sam_heads())
     freeze_untrained(model)
     return model, record
+
+
+def _require_widths_that_divide(config: ModelConfig, channels: int) -> None:
+    problems = [
+        f"{name}={divisor} does not divide {what} {width}"
+        for name, divisor, what, width in (
+            ("model.num_heads", config.num_heads, "the cache's channels", channels),
+            ("model.norm_groups", config.norm_groups, "the cache's channels", channels),
+            (
+                "model.bert.num_heads",
+                config.bert.num_heads,
+                "model.bert.hidden_size",
+                config.bert.hidden_size,
+            ),
+        )
+        if width % divisor
+    ]
+    if problems:
+        raise ConfigError("; ".join(problems) + ".", problems=problems)
 
 
 def default_category_source(config: RunConfig) -> CategorySource:
@@ -247,8 +290,9 @@ def _training_batches(
 
 def _single(text: str, key: str) -> Selection:
     selections = parse_selections(text)
-    if len(selections) != 1:
-        raise ConfigError(f"{key} takes one selection such as refcoco:train, not {text!r}.", key=key)
+    # A whole dataset would put its validation and test expressions into training.
+    if len(selections) != 1 or selections[0].split is None:
+        raise ConfigError(f"{key} takes one split such as refcoco:train, not {text!r}.", key=key)
     return selections[0]
 
 

@@ -193,6 +193,8 @@ def _indexed(values: list[object], path: Path, id_field: str, id_fact: str) -> d
                 id_field, f"should be of type int, not {identity!r:.80}", found=identity
             )
         record = _Record(value, path, id_fact, identity)
+        if not _is_storable(identity):
+            raise record.error(id_field, "is beyond 64 bits")
         if identity in records:
             raise record.error(id_field, "occurs twice in the file")
         records[identity] = record
@@ -343,9 +345,22 @@ def _sentences(ref: _Record) -> list[tuple[int, str, str]]:
                     f"should be of type {kind.__name__}, not {value.get(name)!r:.80}",
                     found=value.get(name),
                 )
+            if not _is_storable(value[name]):
+                raise ref.error(
+                    f"sentences[{position}].{name}",
+                    f"is beyond 64 bits or no valid Unicode: {value[name]!r:.80}",
+                    found=value[name],
+                )
         sentences.append((value["sent_id"], value["raw"], value["sent"]))
     if not sentences:
         raise ref.error("sentences", "should hold at least one sentence, not none")
     if len({sent_id for sent_id, _, _ in sentences}) < len(sentences):
         raise ref.error("sentences", "should have sentences of different sent_id")
     return sentences
+
+
+def _is_storable(value: int | str) -> bool:
+    """Whether the cache's tables can hold it: a 64-bit integer, or text without lone surrogates."""
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    return not any("\ud800" <= character <= "\udfff" for character in value)

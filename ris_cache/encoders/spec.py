@@ -190,7 +190,7 @@ def spec_from_dict(fields: dict[str, Any]) -> EncoderSpec:
     """Rebuild an `EncoderSpec` from `as_dict()` after a trip through JSON, where tuples become lists.
 
     Raises:
-        TypeError: a field is missing, unknown, or of a kind that this version does not build.
+        KeyError, TypeError: a field is missing, unknown, or of a kind that this version does not build.
     """
 
     def normalisation(values: dict[str, Any]) -> Normalisation:

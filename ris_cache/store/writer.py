@@ -278,7 +278,7 @@ class CacheWriter:
             if not known_ann_ids.issuperset(expression.ann_ids):
                 raise DataError(
                     f"{name}: ref {expression.ref_id} targets {expression.ann_ids}, of which some are no "
-                    "instances of the dataset. Check refs and instances.json with `ris data check`.",
+                    "instances of the dataset. Check that refs and instances.json belong together.",
                     ref_id=expression.ref_id,
                     ann_ids=expression.ann_ids,
                 )

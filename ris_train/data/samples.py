@@ -64,7 +64,8 @@ def load_samples(cache: FeatureCache, selection: Selection, *, text: str) -> Sam
         raise CacheMissError(
             f"{cache.root} holds no expressions of {selection.table_name}; it holds "
             f"{', '.join(cache.manifest.datasets) or 'none'}. Add them: `ris extract --split "
-            f"{selection.dataset}/{selection.split_by} --cache {cache.root}`.",
+            f"{selection.dataset}/{selection.split_by} --cache {cache.root}`, or use "
+            "what is there, in training by --set data.train=… --set data.val=….",
             table_name=selection.table_name,
         )
     splits = (

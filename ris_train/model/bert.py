@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ris_cache.encoders.weights import WeightsRecord
 from ris_cache.errors import WeightsError
@@ -49,10 +51,11 @@ def load_bert(
             str(path.parent),
             add_pooling_layer=False,
             output_loading_info=True,
+            dtype=torch.float32,
             hidden_dropout_prob=config.dropout,
             attention_probs_dropout_prob=config.dropout,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise WeightsError(f"BERT weights at {path} cannot be loaded: {error}", path=path) from error
     bert, report = loaded
     if report["missing_keys"]:

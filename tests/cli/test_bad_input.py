@@ -37,6 +37,7 @@ def refused(ris):
         assert result.exit_code == exit_code, result.output
         assert isinstance(result.exception, SystemExit), "an unforeseen exception got through"
         assert "Traceback" not in result.output
+        assert "error: " in result.stderr or "Error" in result.stderr
         return result.stderr
 
     return run
@@ -85,8 +86,7 @@ def test_image_whose_size_is_not_the_annotated_one(refused, data, tmp_path):
         "extract", "--split", "refcoco", "--data", data, "--cache", tmp_path / "c", *TINY, exit_code=3
     )
     assert path.name in message
-    assert "40" in message
-    assert "50" in message
+    assert "40x50" in message
 
 
 def test_truncated_jpeg_is_quarantined_counted_and_left_out(ris, data, tmp_path):
@@ -103,6 +103,19 @@ def test_truncated_jpeg_is_quarantined_counted_and_left_out(ris, data, tmp_path)
     )  # fmt: skip
     assert trained.exit_code == 0, trained.output
     assert json.loads(trained.stdout)["left_out"] > 0
+
+
+def test_a_repaired_image_is_taken_up_by_the_next_extraction(ris, data, tmp_path):
+    path = _first_image(data)
+    whole = path.read_bytes()
+    command = ("extract", "--split", "refcoco", "--data", data, "--cache", tmp_path / "c", *TINY, "--json")
+    path.write_bytes(whole[:500])
+    assert len(json.loads(ris(*command).stdout)["quarantined"]) == 1
+    assert len(json.loads(ris(*command).stdout)["quarantined"]) == 1
+    path.write_bytes(whole)
+    repaired = json.loads(ris(*command).stdout)
+    assert repaired["added"] == 1
+    assert repaired["quarantined"] == {}
 
 
 def test_truncated_jpeg_stops_a_strict_extraction(refused, data, tmp_path):
@@ -142,6 +155,11 @@ def test_split_that_was_not_extracted(refused, tiny_cache, tiny_runs):
         ("train.steps=-3", "greater than 0"),
         ("train.steps", "section.key=value"),
         ("train=3", "train"),
+        ("data.train=refcoco", "one split"),
+        ("model.num_heads=5", "model.num_heads=5 does not divide"),
+        ("model.norm_groups=7", "model.norm_groups=7 does not divide"),
+        ("model.bert.num_heads=3", "model.bert.num_heads=3 does not divide"),
+        ("model.max_tokens=600", "positions"),
     ],
 )
 def test_wrong_configuration_says_which_key_and_what_was_meant(refused, tiny_cache, tmp_path, override, hint):
@@ -210,6 +228,15 @@ def test_damaged_and_foreign_checkpoints(refused, tiny_cache, tiny_runs, tmp_pat
 def test_no_run_at_all(refused, tiny_cache, tmp_path):
     message = refused("eval", "--cache", tiny_cache, "--runs", tmp_path, exit_code=3)
     assert "ris train" in message
+
+
+def test_text_that_looks_like_markup_is_only_text(ris, drawn_data, tiny_runs, tmp_path):
+    result = ris(
+        "predict", "--image", _first_image(drawn_data), "--text", "the [/] [red]circle", "--runs", tiny_runs,
+        "--out", tmp_path,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "the [/] [red]circle" in result.stdout
 
 
 def test_empty_expression(refused, drawn_data, tiny_runs):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "data synth": ("--out", "--train", "--val", "--test", "--seed", "--overwrite"),
+    "data synth": ("--out", "--train", "--val", "--test", "--seed"),
     "extract": (
         "--split",
         "--data",

@@ -9,6 +9,7 @@ import torch
 
 from ris_cache.encoders.spec import PAPER, TINY
 from ris_train.config import load_config
+from ris_train.data.text import Tokenizer
 from ris_train.model.bert import random_bert
 from ris_train.model.segmenter import RisModel
 from ris_train.params import ParameterRow, count_parameters
@@ -79,7 +80,8 @@ def test_every_row_says_whether_it_trains(paper: dict[str, ParameterRow]) -> Non
 def test_the_tiny_preset_counts_what_its_model_holds_and_claims_no_paper() -> None:
     config = load_config(recipe="tiny").model
     rows = {row.name: row for row in count_parameters(TINY, config)}
-    bert, _ = random_bert(config.bert, vocab_size=config.bert.vocab_size, seed=0)
+    tokenizer = Tokenizer.load(config.bert, config.max_tokens)
+    bert, _ = random_bert(config.bert, vocab_size=tokenizer.vocab_size, seed=0)
     model = RisModel(config, TINY, bert)
     assert rows["trainable"].count == sum(parameter.numel() for parameter in model.parameters())
     assert rows["BERT"].count == sum(parameter.numel() for parameter in bert.parameters())

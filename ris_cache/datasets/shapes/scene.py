@@ -132,7 +132,7 @@ def lay_out(rng: np.random.Generator, *, referable: Collection[str]) -> Drawing:
 def _draw_looks(rng: np.random.Generator, referable: Collection[str]) -> list[tuple[str, str]]:
     """Choose (shape, colour) of three to five objects; most share one or the other with another object."""
     while True:
-        count = int(rng.choice((3, 4, 5), p=(0.45, 0.35, 0.2)))
+        count = int(rng.choice((3, 4, 5), p=(0.55, 0.35, 0.1)))
         looks = [(str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))) for _ in range(count)]
         if sum(shape in referable for shape, _ in looks) >= 2 and len(set(looks)) > 1:
             return looks

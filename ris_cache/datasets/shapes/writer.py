@@ -70,7 +70,6 @@ def write_shapes_dataset(
     name: str = "refcoco",
     num_images: Mapping[str, int],
     seed: int,
-    overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> ShapesSummary:
     """Draw a referring dataset of coloured shapes and write it as RefCOCO's files.
@@ -85,8 +84,6 @@ def write_shapes_dataset(
         name: "refcoco", or "refcoco+" for expressions without location words; one root can hold both.
         num_images: split → number of images; splits left out are empty.
         seed: not negative.
-        overwrite: replace a dataset of this name. Its images are written over, or stay if the new one is
-            smaller.
         progress: called after each image with the number of images written so far.
 
     Raises:
@@ -99,15 +96,11 @@ def write_shapes_dataset(
     dataset_dir, images_dir = root / name, root / "images" / "train2014"
     refs_path, instances_path = dataset_dir / "refs(unc).p", dataset_dir / "instances.json"
     for path in (refs_path, instances_path):
-        if not path.exists():
-            continue
-        if not overwrite:
+        if path.exists():
             raise DataError(
-                f"A dataset exists already: {path} is there. Choose another directory, "
-                "or pass overwrite=True to replace it.",
+                f"A dataset exists already: {path} is there. Choose another directory, or remove it.",
                 path=path,
             )
-        path.unlink()
     dataset_dir.mkdir(parents=True, exist_ok=True)
     images_dir.mkdir(parents=True, exist_ok=True)
 

@@ -461,3 +461,17 @@ def test_the_leavings_of_a_macos_archive_are_recognised(tmp_path: Path, place: s
 def test_names_that_are_paths_are_refused(tmp_path: Path, name: str, split_by: str) -> None:
     with pytest.raises(ConfigError, match="not the name of a dataset"):
         load_refer(tmp_path, name, split_by)
+
+
+def test_what_the_caches_tables_cannot_hold_is_refused(files: Files) -> None:
+    files.protocol = 2
+    files.refs[0]["sentences"][0]["raw"] = "red \ud800 circle"
+    with pytest.raises(DataError, match="no valid Unicode"):
+        files.load()
+    files.refs[0]["sentences"][0].update(raw="red circle", sent_id=2**63)
+    with pytest.raises(DataError, match="beyond 64 bits"):
+        files.load()
+    files.refs[0]["sentences"][0]["sent_id"] = 0
+    files.refs[0]["ref_id"] = 2**70
+    with pytest.raises(DataError, match="beyond 64 bits"):
+        files.load()

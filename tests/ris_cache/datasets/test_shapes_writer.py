@@ -216,17 +216,13 @@ def test_an_image_does_not_change_when_splits_grow(
     assert small.items() <= large.items()
 
 
-def test_an_existing_dataset_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
+def test_an_existing_dataset_is_never_overwritten(tmp_path: Path) -> None:
     write_shapes_dataset(tmp_path, num_images={"train": 2}, seed=1)
     before = file_bytes(tmp_path)
-    with pytest.raises(DataError, match=r"exists already.*another directory.*overwrite=True") as caught:
+    with pytest.raises(DataError, match=r"exists already.*another directory") as caught:
         write_shapes_dataset(tmp_path, num_images={"train": 2}, seed=2)
     assert caught.value.facts["path"] == tmp_path / "refcoco" / "refs(unc).p"
     assert file_bytes(tmp_path) == before
-    write_shapes_dataset(tmp_path, num_images={"train": 2}, seed=2, overwrite=True)
-    write_shapes_dataset(tmp_path / "fresh", num_images={"train": 2}, seed=2)
-    fresh = file_bytes(tmp_path / "fresh")
-    assert {name: content for name, content in file_bytes(tmp_path).items() if name in fresh} == fresh
 
 
 @pytest.mark.parametrize("left_over", ["refs(unc).p", "instances.json"])
@@ -243,23 +239,17 @@ def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
     root = tmp_path / "notes.txt"
     root.write_text("mine")
     with pytest.raises(DataError, match=r"is a file.*Name a directory"):
-        write_shapes_dataset(root, num_images={"train": 1}, seed=0, overwrite=True)
+        write_shapes_dataset(root, num_images={"train": 1}, seed=0)
     assert root.read_text() == "mine"
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_an_interrupted_run_leaves_no_annotation_file(tmp_path: Path, overwrite: bool) -> None:
-    if overwrite:
-        write_shapes_dataset(tmp_path, num_images={"train": 2}, seed=1)
-
+def test_an_interrupted_run_leaves_no_annotation_file(tmp_path: Path) -> None:
     def interrupt(done: int) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_shapes_dataset(
-            tmp_path, num_images={"train": 3}, seed=2, overwrite=overwrite, progress=interrupt
-        )
+        write_shapes_dataset(tmp_path, num_images={"train": 3}, seed=2, progress=interrupt)
     assert list((tmp_path / "refcoco").iterdir()) == []
     write_shapes_dataset(tmp_path, num_images={"train": 3}, seed=2)
     assert len(load_instances(tmp_path)["images"]) == 3

@@ -89,9 +89,12 @@ def test_one_forward_gives_the_last_blocks_patches_and_the_image_embedding(
     assert relative_error(pooled, expected_pooled) < 1e-5
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (3, 96, 96), (1, 1, 96, 96)])
+SIDE = TINY.clip.image_size
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (3, SIDE, SIDE), (1, 1, SIDE, SIDE)])
 def test_pixels_of_another_shape_are_refused(tiny: Any, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ShapeError, match=r"takes \[B, 3, 96, 96\]"):
+    with pytest.raises(ShapeError, match=rf"takes \[B, 3, {SIDE}, {SIDE}\]"):
         encode_clip_images(tiny, torch.zeros(shape))
 
 

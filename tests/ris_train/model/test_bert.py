@@ -94,3 +94,19 @@ def test_weights_that_lack_a_layer_are_refused(folder: Path) -> None:
     config = SMALL.model_copy(update={"weights": str(folder)})
     with pytest.raises(WeightsError, match=r"lack .*encoder\.layer\.1"):
         load_bert(config, vocab_size=VOCAB_SIZE, random_seed=None)
+
+
+def test_half_precision_weights_are_loaded_in_single_precision(folder: Path) -> None:
+    bert, _ = random_bert(SMALL, vocab_size=VOCAB_SIZE, seed=1)
+    bert.half().save_pretrained(folder)
+    config = SMALL.model_copy(update={"weights": str(folder)})
+    loaded, _ = load_bert(config, vocab_size=VOCAB_SIZE, random_seed=None)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+
+
+def test_weights_cut_short_are_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    config = SMALL.model_copy(update={"weights": str(folder)})
+    with pytest.raises(WeightsError, match="cannot be loaded"):
+        load_bert(config, vocab_size=VOCAB_SIZE, random_seed=None)

@@ -106,7 +106,7 @@ def test_the_mask_does_not_need_dfam(tiny_model: RisModel, inputs: ModelInputs) 
 
 
 def test_dfam_reads_both_pyramids_from_coarse_to_fine(build_model: Build, inputs: ModelInputs) -> None:
-    """SAM's 16² grid at scales 1/4, 1/2, 1; CLIP's 12² grid at 1/2, 1, 2; text from BERT's raw [CLS]."""
+    """SAM's 16² grid at scales 1/4, 1/2, 1; CLIP's 10² grid at 1/2, 1, 2; text from BERT's raw [CLS]."""
     model = build_model("category")
     calls: list[tuple[Any, ...]] = []
     layer_calls: list[tuple[Any, ...]] = []
@@ -119,8 +119,8 @@ def test_dfam_reads_both_pyramids_from_coarse_to_fine(build_model: Build, inputs
     image_embeddings, sam_levels, clip_levels, sentences = dfam_call
     assert torch.equal(image_embeddings, inputs.image_embeddings)
     assert [level.shape[-1] for level in sam_levels] == [4, 8, 16]
-    assert [level.shape[-1] for level in clip_levels] == [6, 12, 24]
-    assert [arguments[2].shape[-1] for arguments in layer_calls] == [4, 6, 8, 12, 16, 24]
+    assert [level.shape[-1] for level in clip_levels] == [5, 10, 20]
+    assert [arguments[2].shape[-1] for arguments in layer_calls] == [4, 5, 8, 10, 16, 20]
     text = model.language(inputs.token_ids, inputs.text_mask)
     torch.testing.assert_close(sentences, text.raw_sentence)
     finest, middle, coarsest = model.sam_pyramid(inputs.image_embeddings)
@@ -141,7 +141,7 @@ def test_sams_decoder_is_given_both_prompts(
     text = model.language(inputs.token_ids, inputs.text_mask)
     fused = model.pwam(inputs.clip_features, text.words, inputs.text_mask)
     p_dense = model.pixel_decoder(model.clip_pyramid(fused)).dense_prompt
-    assert p_dense.shape[-1] == 24
+    assert p_dense.shape[-1] == 20
     if kind == "category":
         assert model.category_projection is not None
         assert inputs.category_embeddings is not None
