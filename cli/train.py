@@ -94,7 +94,8 @@ def train(
         ],
         caption=(
             f"{report.best.num_samples} of {report.val_size} expressions · grid: {GRID} · "
-            f"rules: {RULES_NAME} · mask: {BINARISATION} · category source: {report.category_source} · weights: "
+            f"rules: {RULES_NAME} · mask: {BINARISATION} · "
+            f"category source: {report.category_source} · weights: "
             + ", ".join(f"{role} {label}" for role, label in report.weights.items())
         ),
     )

@@ -109,3 +109,11 @@ def test_a_new_run_is_named_after_its_recipe_and_the_time(tmp_path: Path) -> Non
     path = new_run_path(tmp_path, "tiny")
     assert path.parent == tmp_path
     assert re.fullmatch(r"tiny-\d{8}-\d{6}", path.name)
+
+
+def test_a_score_over_nothing_is_null_in_every_file(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", RunConfig(), facts={})
+    run.log({"step": 1, "oIoU": float("nan")})
+    path = run.write_evaluation("scores", {"results": [{"oIoU": float("nan"), "mIoU": 0.5}]})
+    assert json.loads(run.metrics_path.read_text()) == {"step": 1, "oIoU": None}
+    assert json.loads(path.read_text()) == {"results": [{"oIoU": None, "mIoU": 0.5}]}
