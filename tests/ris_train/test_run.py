@@ -112,7 +112,7 @@ def test_a_new_run_is_named_after_its_recipe_and_the_time(tmp_path: Path) -> Non
 
 
 def test_a_score_over_nothing_is_null_in_every_file(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path / "run", RunConfig(), facts={})
+    run = make_run(tmp_path / "run")
     run.log({"step": 1, "oIoU": float("nan")})
     path = run.write_evaluation("scores", {"results": [{"oIoU": float("nan"), "mIoU": 0.5}]})
     assert json.loads(run.metrics_path.read_text()) == {"step": 1, "oIoU": None}

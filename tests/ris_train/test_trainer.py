@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 # Total loss of ten steps of four expressions on the drawn data of seed 3, seed 0. It changes with the model, the
 # losses, the order of samples or the random draws; change it only with the reason in the commit.
-PINNED_LOSSES: list[float] = []
+PINNED_LOSSES = [38.930, 38.057, 38.670, 37.773, 35.530, 34.810, 36.725, 35.680, 33.175, 34.425]
 
 
 @pytest.fixture(autouse=True)
