@@ -182,7 +182,7 @@ def test_splits_extracted_one_after_the_other_hold_what_one_extraction_holds(
 
 
 def test_demo_runs_from_drawing_to_overlays(tmp_path, capfd):
-    from cli.demo import demo
+    from cli.demo import NUM_PICTURES, demo
 
     demo(out=tmp_path / "demo", train=12, steps=2, seed=0)
     printed = capfd.readouterr().out
@@ -190,4 +190,4 @@ def test_demo_runs_from_drawing_to_overlays(tmp_path, capfd):
         assert f"$ ris {command}" in printed
     assert "shuffled within the image" in printed
     assert "Random:" in printed
-    assert len(list((tmp_path / "demo" / "pictures").glob("*.overlay.png"))) == 4
+    assert len(list((tmp_path / "demo" / "pictures").glob("*.overlay.png"))) == NUM_PICTURES

@@ -72,9 +72,10 @@ def test_a_file_wins_over_the_recipe_and_an_override_over_both(tmp_path: Path) -
     assert config.train.steps == 7
     assert config.model.num_heads == 2
     # What neither names is the recipe's, and where the recipe is silent, the default.
+    assert config.loss.oversample == RunConfig().loss.oversample
     assert config.train.batch_size == recipe.train.batch_size
     assert config.model.bert == recipe.model.bert
-    assert config.train.weight_decay == RunConfig().train.weight_decay
+    assert config.train.weight_decay == recipe.train.weight_decay
 
 
 def test_of_two_overrides_of_one_key_the_later_wins() -> None:

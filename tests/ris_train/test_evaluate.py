@@ -259,7 +259,7 @@ def trained(tiny_cache: Path, tiny_runs: Path) -> Trained:
     categories = cache.categories(cache.manifest.datasets[TABLE].category_set)
     builder = BatchBuilder(cache, tokenizer, categories=categories, category_source="none", device=CPU)
     samples = load_samples(
-        cache, Selection(dataset="refcoco", split_by="unc", split="val"), text="raw"
+        cache, Selection(dataset="refcoco", split_by="unc", split="val"), text="sent"
     ).samples
     return Trained(cache=cache, run=run, model=model, metadata=metadata, samples=samples, builder=builder)
 
@@ -310,7 +310,7 @@ def test_an_evaluation_scores_the_model_and_is_kept_beside_the_run(trained: Trai
     assert result.scores == ris_scores(counts)
     assert (result.split, result.rules, result.category_source) == (f"{TABLE}:val", "ris", "none")
     assert labels == trained.metadata.weight_labels
-    kept = json.loads((trained.run.path / "eval" / "scores-best-none.json").read_text())
+    kept = json.loads((trained.run.path / "eval" / "scores-best-none-refcoco.unc.val.json").read_text())
     assert kept["results"] == [result.as_dict()]
     assert (kept["fingerprint"], kept["step"]) == (trained.metadata.fingerprint, trained.metadata.step)
 

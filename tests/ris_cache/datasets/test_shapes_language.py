@@ -212,5 +212,5 @@ def test_phrasings_read_as_people_write() -> None:
     assert "the largest star" in realise(Constraints(shape="star", size="largest"))
     assert "leftmost blue thing" in realise(Constraints(colour="blue", place="left"))
     assert "star on the far left" in realise(Constraints(shape="star", place="left"))
-    assert "top right object" in realise(Constraints(place="top right"))
+    assert "top object" in realise(Constraints(place="top"))
     assert "heart above the yellow one" in realise(Constraints(shape="heart", relation=above))
