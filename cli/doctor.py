@@ -84,6 +84,7 @@ def doctor(
             f"ris {version('ris')} on Python {platform.python_version()}",
             ["what", "state", "found", "mend"],
             [[finding.name, finding.state, finding.found, finding.mend] for finding in findings],
+            left=("state", "found", "mend"),
         )
     if any(finding.state == "missing" for finding in findings):
         raise typer.Exit(1)

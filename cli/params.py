@@ -42,4 +42,5 @@ def params(preset: PresetOption = "paper", json: JsonOption = False) -> None:
             ]
             for row in rows
         ],
+        left=("state", "note"),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -18,8 +18,15 @@ def print_json(value: Any) -> None:
     print(json.dumps(finite_or_null(value), indent=1, allow_nan=False))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
-    """Print a table; the first column is left-aligned, the others right-aligned."""
+def print_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    caption: str = "",
+    *,
+    left: Sequence[str] = (),
+) -> None:
+    """Print a table; the first column and those of `left` are left-aligned, the others right-aligned."""
     # Texts, not strings: what users type must never be read as markup.
     table = Table(
         title=Text(title),
@@ -28,7 +35,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         caption_justify="left",
     )
     for index, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if index == 0 else "right", no_wrap=index == 0)
+        justify: Literal["left", "right"] = "left" if index == 0 or column in left else "right"
+        table.add_column(Text(column), justify=justify, no_wrap=index == 0)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     Console(width=None if Console().is_terminal else 110, highlight=False, markup=False).print(table)
