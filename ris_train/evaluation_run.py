@@ -12,7 +12,7 @@ from ris_cache.errors import CacheMissError, ConfigError
 from ris_cache.store.cache import FeatureCache
 from ris_train.checkpoint import load_checkpoint, read_metadata, require_same_cache
 from ris_train.config import RunConfig
-from ris_train.data.batch import BatchBuilder, CategorySource
+from ris_train.data.batch import BatchBuilder, CategorySource, default_category_source
 from ris_train.data.samples import load_samples, shuffle_expressions
 from ris_train.data.text import Tokenizer
 from ris_train.evaluate import EvaluationResult, GroundTruth, count_samples, score
@@ -138,7 +138,7 @@ def _one_split_each(
 def _category_source(config: RunConfig, asked: str | None) -> CategorySource:
     reads_category = config.model.sparse_prompt == "category"
     if asked is None:
-        return "annotated" if reads_category else "none"
+        return default_category_source(config)
     if reads_category == (asked == "none"):
         raise ConfigError(
             f"Category source {asked!r} does not fit sparse_prompt={config.model.sparse_prompt}; "

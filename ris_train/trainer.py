@@ -22,7 +22,7 @@ from ris_cache.errors import ConfigError, DataError, NonFiniteError
 from ris_cache.store.cache import FeatureCache
 from ris_train.checkpoint import CategoryNames, CheckpointMetadata, save_checkpoint
 from ris_train.config import ModelConfig, RunConfig
-from ris_train.data.batch import Batch, BatchBuilder, CategorySource
+from ris_train.data.batch import Batch, BatchBuilder, CategorySource, default_category_source
 from ris_train.data.masks import TargetMasks
 from ris_train.data.sampler import batches
 from ris_train.data.samples import Sample, SampleSet, load_samples
@@ -217,11 +217,6 @@ def _require_widths_that_divide(config: ModelConfig, channels: int) -> None:
     ]
     if problems:
         raise ConfigError("; ".join(problems) + ".", problems=problems)
-
-
-def default_category_source(config: RunConfig) -> CategorySource:
-    """`annotated` for models that read a category (the paper's numbers), `none` for those that do not."""
-    return "annotated" if config.model.sparse_prompt == "category" else "none"
 
 
 class _Validation:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ris_cache.store.cache import CategorySet, FeatureCache
+from ris_train.config import RunConfig
 from ris_train.data.masks import TargetMasks
 from ris_train.data.samples import Sample
 from ris_train.data.text import Tokenizer
@@ -37,6 +38,11 @@ class Batch:
     samples: tuple[Sample, ...]
     inputs: ModelInputs
     targets: Targets | None
+
+
+def default_category_source(config: RunConfig) -> CategorySource:
+    """`annotated` for models that read a category (the paper's numbers), `none` for those that do not."""
+    return "annotated" if config.model.sparse_prompt == "category" else "none"
 
 
 class BatchBuilder:
