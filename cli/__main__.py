@@ -1,4 +1,4 @@
-"""`python -m cli`, the same as `ris`; what torchrun starts."""
+"""`python -m cli`, and what `torchrun -m cli` starts."""
 
 from cli.app import main
 

@@ -5,7 +5,7 @@ that the command line ends with, and inherits the builtin that fits, so library 
 The facts in a message are also attributes (`error.facts["image_id"]`), so callers need not parse text.
 
 Exit codes: 1 failed, 2 usage or configuration, 3 data or cache missing or incomplete, 4 integrity,
-5 fingerprint mismatch.
+5 fingerprint mismatch, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ class RisError(Exception):
     def __init__(self, message: str, **facts: object) -> None:
         super().__init__(message)
         self.facts = facts
+
+
+class StoppedError(RisError):
+    """Work that was asked to stop and did, with what it had done in place."""
+
+    exit_code = 130
 
 
 class ConfigError(RisError, ValueError):
@@ -83,3 +89,9 @@ class FingerprintMismatchError(CacheError):
     """A cache made by other encoders, weights or preprocessing than asked for."""
 
     exit_code = 5
+
+
+class DiskFullError(CacheError, OSError):
+    """No space left where a cache is being written; what was committed stays."""
+
+    exit_code = 1

@@ -5,8 +5,11 @@ Axes: B images, H W rows and columns, S and s sides of SAM's and CLIP's input fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -24,13 +27,16 @@ ensure_torchvision()  # open_clip imports torchvision, so its import has to come
 
 from open_clip.model import CLIP  # noqa: E402
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _AUTOCAST_DTYPES: dict[str, torch.dtype | None] = {
     "float32": None,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-PRECISIONS = ("auto", *_AUTOCAST_DTYPES)
-"""Arithmetic of the image encoders; `auto` is float16 on CUDA and float32 elsewhere."""
+ARITHMETICS = ("auto", *_AUTOCAST_DTYPES)
+"""What the image encoders may compute in; `auto` is float16 on CUDA and float32 elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,13 +45,16 @@ class FrozenEncoders:
 
     Attributes:
         device: where the image encoder and CLIP lie; SAM's heads stay on the CPU, only to be saved.
-        autocast_dtype: of the image encoders' matrix products; None runs them in float32.
+        arithmetic: dtype of the image encoders' matrix products, one of `ARITHMETICS` but never `auto`. It
+            changes the features, which are returned in float32 all the same.
+        compiled: the image encoders run through `torch.compile`.
         weights: where the weights came from, under `sam` and `clip`.
     """
 
     spec: EncoderSpec
     device: torch.device
-    autocast_dtype: torch.dtype | None
+    arithmetic: str
+    compiled: bool
     sam: SamParts
     clip: CLIP
     weights: dict[str, WeightsRecord]
@@ -58,7 +67,8 @@ class FrozenEncoders:
         sam_source: WeightsSource,
         clip_source: WeightsSource,
         device: torch.device | str = "cpu",
-        precision: str = "auto",
+        arithmetic: str = "auto",
+        compile: bool = False,
     ) -> FrozenEncoders:
         """Build both encoders with their weights and move them to a device.
 
@@ -66,9 +76,14 @@ class FrozenEncoders:
         published weights are float16, and CLIP's residual stream follows the autocast dtype, where bfloat16
         would round away three more bits at each of its blocks. bfloat16 is there for weights that overflow.
 
+        Args:
+            arithmetic: one of `ARITHMETICS`.
+            compile: run the image encoders through `torch.compile`. The first batch of each size then waits
+                for the compiler, for minutes at full size.
+
         Raises:
             WeightsError: weights are missing or do not fit.
-            ConfigError: unknown precision, or a CUDA device that is not there.
+            ConfigError: unknown arithmetic, a CUDA device that is not there, or no working compiler.
         """
         device = torch.device(device)
         if device.type == "cuda" and not torch.cuda.is_available():
@@ -77,14 +92,16 @@ class FrozenEncoders:
                 "a CUDA build of torch and check the driver.",
                 device=str(device),
             )
-        if precision not in PRECISIONS:
+        if arithmetic not in ARITHMETICS:
             raise ConfigError(
-                f"Unknown precision {precision!r}; known: {', '.join(PRECISIONS)}.",
-                precision=precision,
-                known=PRECISIONS,
+                f"Unknown arithmetic {arithmetic!r}; known: {', '.join(ARITHMETICS)}.",
+                arithmetic=arithmetic,
+                known=ARITHMETICS,
             )
-        if precision == "auto":
-            precision = "float16" if device.type == "cuda" else "float32"
+        if arithmetic == "auto":
+            arithmetic = "float16" if device.type == "cuda" else "float32"
+        if compile:
+            _require_compiler(device)
         sam, sam_record = load_sam(spec.sam, sam_source)
         clip, clip_record = load_clip(spec.clip, clip_source)
         for network in (sam.as_module(), clip):
@@ -94,7 +111,8 @@ class FrozenEncoders:
         return cls(
             spec=spec,
             device=device,
-            autocast_dtype=_AUTOCAST_DTYPES[precision],
+            arithmetic=arithmetic,
+            compiled=compile,
             sam=sam,
             clip=clip,
             weights={"sam": sam_record, "clip": clip_record},
@@ -118,6 +136,9 @@ class FrozenEncoders:
     def encode(self, sam_pixels: torch.Tensor, clip_pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Compute the cached features of a batch.
 
+        On CUDA the work is only queued, on the current stream: reading a result waits for it. Pixels in
+        pinned memory are copied while the device computes; leave them unchanged until the results are there.
+
         Args:
             sam_pixels: uint8[B, S, S, 3] from `prepare`, any device.
             clip_pixels: uint8[B, s, s, 3] from `prepare`, row i the same image as sam_pixels[i].
@@ -138,15 +159,19 @@ class FrozenEncoders:
             )
         sam_input = normalise(sam_pixels.to(self.device, non_blocking=True), self.spec.sam.normalisation)
         clip_input = normalise(clip_pixels.to(self.device, non_blocking=True), self.spec.clip.normalisation)
+        run_sam, run_clip = (
+            (_compiled(encode_sam), _compiled(encode_clip_images))
+            if self.compiled
+            else (encode_sam, encode_clip_images)
+        )
+        autocast_dtype = _AUTOCAST_DTYPES[self.arithmetic]
         # no_grad, not inference_mode: prediction feeds these features to modules that may record gradients.
         with (
             torch.no_grad(),
-            torch.autocast(
-                self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None
-            ),
+            torch.autocast(self.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None),
         ):
-            image_embeddings = encode_sam(self.sam.image_encoder, sam_input)
-            clip_features, clip_pooled = encode_clip_images(self.clip, clip_input)
+            image_embeddings = run_sam(self.sam.image_encoder, sam_input)
+            clip_features, clip_pooled = run_clip(self.clip, clip_input)
         return {
             "sam": image_embeddings.float(),
             "clip": clip_features.float(),
@@ -154,7 +179,7 @@ class FrozenEncoders:
         }
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Embed texts in float32, whatever the images' precision: float32[E, embed_dim], L2-normalised."""
+        """Embed texts in float32, whatever the images' arithmetic: float32[E, embed_dim], L2-normalised."""
         return encode_texts(self.clip, texts)
 
     def category_embeddings(self, names: Sequence[str]) -> torch.Tensor:
@@ -168,3 +193,32 @@ class FrozenEncoders:
             for name, tensor in self.sam.as_module().state_dict().items()
             if not name.startswith("image_encoder.")
         }
+
+
+@cache
+def _compiled(forward: Callable[P, R]) -> Callable[P, R]:
+    return torch.compile(forward)
+
+
+def _require_compiler(device: torch.device) -> None:
+    """Compile one addition, so that a missing compiler shows before any weights are read.
+
+    Raises:
+        ConfigError: torch cannot compile for this device.
+    """
+
+    def add_one(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    # Uncached: what an earlier process compiled needs no compiler, but the encoders will.
+    compiled = torch.compile(add_one, options={"fx_graph_cache": False})
+    try:
+        compiled(torch.zeros(1, device=device))
+    except RuntimeError as error:  # the root of all that dynamo and inductor raise
+        raise ConfigError(
+            f"torch.compile does not work here for {device} ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0]}). It needs a working C++ compiler: install g++, or name "
+            "one in $CXX; or leave compilation off.",
+            device=str(device),
+            compiler=os.environ.get("CXX", "g++"),
+        ) from error

@@ -6,10 +6,11 @@ E CLIP's joint width, K categories.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,107 +18,77 @@ import numpy.typing as npt
 from ris_cache.datasets.records import InstanceRecord
 from ris_cache.errors import CacheError, CacheMissError, CorruptShardError, IncompleteCacheError, ShapeError
 from ris_cache.store import files, tables
+from ris_cache.store.backends import make_backend
+from ris_cache.store.batch import FeatureBatch
+from ris_cache.store.checking import Integrity, RowChecker, require_integrity
 from ris_cache.store.fingerprint import Fingerprint
-from ris_cache.store.manifest import Manifest, load_manifest
+from ris_cache.store.layout import FeatureStore
+from ris_cache.store.manifest import DatasetEntry, Manifest, load_manifest
+from ris_cache.store.mapped import MappedReader
+from ris_cache.store.prefetch import prefetch
 from ris_cache.store.tables import CachedExpression, CachedImage, CategorySet
-from ris_cache.store.zarr_shards import ZarrShardReader
 
-__all__ = ["CachedExpression", "CachedImage", "CategorySet", "FeatureBatch", "FeatureCache", "FeatureStore"]
+__all__ = ["CachedExpression", "CachedImage", "CategorySet", "FeatureBatch", "FeatureCache"]
 
 _MAX_LISTED = 10
 
 
-class FeatureStore(Protocol):
-    """What a backend does for a cache: copy rows into buffers."""
+class FeatureCache:
+    """A finished cache, open for reading; never writes. Safe to share between threads, forks and pickles.
 
-    @property
-    def rows(self) -> int:
-        """Rows of every array."""
-        ...
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Element type of every array."""
-        ...
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape per row by array name."""
-        ...
-
-    def read_rows(
-        self, rows: Sequence[int] | npt.NDArray[np.int64], out: Mapping[str, npt.NDArray[Any]]
-    ) -> None:
-        """Copy rows into C-contiguous [len(rows), ...] buffers of the arrays wanted."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class FeatureBatch:
-    """Features of B images, in the dtype of the cache (float16 or float32).
-
-    Attributes:
-        image_ids: int64[B]; row i of every other array belongs to image_ids[i].
-        sam: float[B, C, P, P], SAM's image embeddings on the squashed input frame.
-        clip: float[B, N, D], CLIP's patch tokens, row by row over its grid.
-        clip_pooled: float[B, E], CLIP's projected image embedding.
+    A cache that grows meanwhile is read as it was when it was opened.
     """
 
-    image_ids: npt.NDArray[np.int64]
-    sam: npt.NDArray[Any]
-    clip: npt.NDArray[Any]
-    clip_pooled: npt.NDArray[Any]
-
-    def first(self, size: int) -> FeatureBatch:
-        """Return the first `size` images, as views of the same memory."""
-        return FeatureBatch(
-            image_ids=self.image_ids[:size],
-            sam=self.sam[:size],
-            clip=self.clip[:size],
-            clip_pooled=self.clip_pooled[:size],
-        )
-
-
-class FeatureCache:
-    """A finished cache, open for reading; never writes. Safe to share between threads, forks and pickles."""
-
     def __init__(
-        self, root: Path, manifest: Manifest, images: Sequence[CachedImage], store: FeatureStore
+        self, root: Path, manifest: Manifest, table: Any, store: FeatureStore, integrity: Integrity
     ) -> None:
         """For `open` only."""
         self._root = root
         self._manifest = manifest
         self._store = store
-        self._images = {image.image_id: image for image in images}
-        self._rows = {image.image_id: image.row for image in images if not image.is_quarantined}
+        self._table = table
+        self._integrity = integrity
+        self._arrays = manifest.stored_arrays()
+        self._checker = RowChecker(table, [array.name for array in self._arrays], integrity)
+        ids, rows = (table.column(name).to_numpy() for name in ("image_id", "row"))
+        present = np.asarray(table.column("status").to_numpy(zero_copy_only=False) == tables.OK)
+        self._image_ids = ids[present]
+        # Position in the table and row of every image that has features.
+        self._places = {
+            image_id: (position, row)
+            for image_id, position, row in zip(
+                ids[present].tolist(), np.flatnonzero(present).tolist(), rows[present].tolist(), strict=True
+            )
+        }
+        self._images: dict[int, CachedImage] | None = None
 
     @classmethod
-    def open(cls, root: Path | str) -> FeatureCache:
+    def open(cls, root: Path | str, *, integrity: Integrity = "first-open") -> FeatureCache:
         """Open a cache directory without reading features.
+
+        Args:
+            integrity: when to compare features with their checksums: `first-open` the first time that this
+                process reads an image, `every-read`, or `off`. Files other than features are compared
+                whenever they are read, unless `off`.
 
         Raises:
             CacheMissError: there is no such directory.
             IncompleteCacheError: it is empty, or its extraction never finished.
             CacheError: it holds something else, or a format newer than this version reads.
-            CorruptShardError: the manifest or a table is damaged, or a file is missing.
+            CorruptShardError: the manifest or a table is damaged, or a file is missing or cut short.
         """
+        require_integrity(integrity)
         root = Path(root).absolute()
         manifest = _load_manifest(root)
         _require_files(root, manifest)
-        images = tables.read_images(tables.read_table(root / files.IMAGES_NAME, tables.IMAGES))
-        store = ZarrShardReader(root / files.FEATURES_NAME)
-        expected = (manifest.arrays, np.dtype(manifest.dtype))
-        if (store.shapes, store.dtype) != expected or store.rows < manifest.rows:
-            raise CorruptShardError(
-                f"{root / files.FEATURES_NAME} holds {store.rows} rows of {store.dtype.name} {store.shapes}, "
-                f"but the manifest says {manifest.rows} of {manifest.dtype} {manifest.arrays}. Restore it "
-                "from a copy, or extract the cache again into another directory with `ris extract`.",
-                path=root,
-            )
-        return cls(root, manifest, images, store)
+        content = _read_file(root, manifest, manifest.images.file, integrity)
+        table = tables.read_table(BytesIO(content), tables.IMAGES, name=root / manifest.images.file)
+        _require_sound_images(root / manifest.images.file, manifest, table)
+        backend = make_backend(manifest.backend, root, manifest.stored_arrays(), manifest.shard_rows)
+        return cls(root, manifest, table, MappedReader(backend), integrity)
 
-    def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        return FeatureCache.open, (self._root,)
+    def __reduce__(self) -> tuple[Any, tuple[Path, Integrity]]:
+        return _reopen, (self._root, self._integrity)
 
     @property
     def root(self) -> Path:
@@ -137,34 +108,46 @@ class FeatureCache:
     @property
     def images(self) -> dict[int, CachedImage]:
         """Every image by image_id, quarantined ones too."""
+        if self._images is None:
+            self._images = {image.image_id: image for image in tables.read_images(self._table)}
         return dict(self._images)
 
     @property
     def image_ids(self) -> npt.NDArray[np.int64]:
         """int64[images with features], by row."""
-        return np.fromiter(self._rows, np.int64, len(self._rows))
+        ids: npt.NDArray[np.int64] = self._image_ids.copy()
+        return ids
 
     @property
     def sizes(self) -> dict[int, tuple[int, int]]:
         """(height, width) of the original frame of every image by image_id, quarantined ones too."""
-        return {image_id: (image.height, image.width) for image_id, image in self._images.items()}
+        ids, heights, widths = (
+            self._table.column(name).to_pylist() for name in ("image_id", "height", "width")
+        )
+        return {
+            image_id: (height, width) for image_id, height, width in zip(ids, heights, widths, strict=True)
+        }
 
     @property
     def quarantined(self) -> dict[int, str]:
         """Why an image has no features, by image_id."""
-        return {
-            image_id: image.reason for image_id, image in self._images.items() if image.reason is not None
-        }
+        return {image_id: image.reason for image_id, image in self.images.items() if image.reason is not None}
 
-    def allocate(self, batch_size: int) -> FeatureBatch:
-        """Make buffers for `read`, once for many reads: fresh memory costs more than the copy into it."""
-        dtype, shapes = self._store.dtype, self._store.shapes
-        return FeatureBatch(
-            image_ids=np.zeros(batch_size, np.int64),
-            sam=np.zeros((batch_size, *shapes["sam"]), dtype),
-            clip=np.zeros((batch_size, *shapes["clip"]), dtype),
-            clip_pooled=np.zeros((batch_size, *shapes["clip_pooled"]), dtype),
-        )
+    def __len__(self) -> int:
+        """Number of images with features."""
+        return len(self._places)
+
+    def __contains__(self, image_id: object) -> bool:
+        """Whether the cache holds features of an image."""
+        return image_id in self._places
+
+    def allocate(self, batch_size: int, *, pinned: bool = False) -> FeatureBatch:
+        """Make buffers for `read`, once for many reads: fresh memory costs more than the copy into it.
+
+        Args:
+            pinned: in page-locked memory, from which a GPU copies faster and without waiting.
+        """
+        return FeatureBatch.allocate(self._arrays, batch_size, dtype=self._manifest.dtype, pinned=pinned)
 
     def read(self, image_ids: Sequence[int], out: FeatureBatch | None = None) -> FeatureBatch:
         """Read the features of B images, in the order asked for; repeats are allowed.
@@ -176,9 +159,9 @@ class FeatureCache:
         Raises:
             CacheMissError: an image that the cache does not hold, or holds as quarantined.
             ShapeError: buffers for fewer images.
-            CorruptShardError: a damaged shard.
+            CorruptShardError: a damaged shard; what the buffers hold then is of no use.
         """
-        rows = self._rows_of(image_ids)
+        positions, rows = self._places_of(image_ids)
         if out is None:
             out = self.allocate(len(rows))
         elif len(out.image_ids) < len(rows):
@@ -188,9 +171,56 @@ class FeatureCache:
                 found=len(out.image_ids),
             )
         batch = out.first(len(rows))
+        self._store.read_rows(rows, batch.stored)
+        wrong = self._checker.first_wrong(positions, batch.stored)
+        if wrong is not None:
+            index, name = wrong
+            raise CorruptShardError(
+                f"Image {int(image_ids[index])} of {self._root} is damaged: row {rows[index]} of {name} "
+                "contradicts its checksum. Find all that is damaged with `ris cache verify`, and restore it "
+                "from a copy or with `ris cache verify --repair`.",
+                path=self._root,
+                image_id=int(image_ids[index]),
+                array=name,
+                row=rows[index],
+                shard_index=rows[index] // self._manifest.shard_rows,
+            )
         batch.image_ids[:] = image_ids
-        self._store.read_rows(rows, {"sam": batch.sam, "clip": batch.clip, "clip_pooled": batch.clip_pooled})
         return batch
+
+    def prefetch(
+        self,
+        batches: Iterable[Sequence[int]],
+        *,
+        depth: int = 2,
+        threads: int = 1,
+        read_ahead: int = 2,
+        pinned: bool | None = None,
+    ) -> Iterator[FeatureBatch]:
+        """Read batches ahead of their use, on threads, into buffers that are used again.
+
+        Memory is `(depth + 1)` batches of the largest size seen, whatever the number of batches.
+
+        Args:
+            batches: image_ids of each batch, in the order wanted; may be endless.
+            depth: batches read, or being read, beyond the one in use.
+            threads: that read, one batch each.
+            read_ahead: batches beyond those for which the disk is asked to start already.
+            pinned: whether buffers are page-locked; by default where torch is loaded and sees a GPU.
+
+        Yields:
+            Batches in order. A batch is overwritten once the next one is asked for: copy what has to stay.
+
+        Raises:
+            CacheMissError, CorruptShardError: as `read`, where the batch would have come.
+        """
+        return prefetch(self, batches, depth=depth, threads=threads, read_ahead=read_ahead, pinned=pinned)
+
+    def advise(self, image_ids: Sequence[int]) -> None:
+        """Ask the operating system to start reading images that will be wanted soon; unknown ones are
+        passed over."""
+        rows = [self._places[image_id][1] for image_id in map(int, image_ids) if image_id in self._places]
+        self._store.advise(rows, [array.name for array in self._arrays])
 
     def expressions(self, table_name: str) -> tuple[CachedExpression, ...]:
         """Return the expressions of `<dataset>.<split_by>`, all splits; their images may be quarantined.
@@ -198,8 +228,8 @@ class FeatureCache:
         Raises:
             CacheMissError: no such table; the message lists those there are.
         """
-        path = self._table_path("expressions", table_name)
-        return tuple(tables.read_expressions(tables.read_table(path, tables.EXPRESSIONS)))
+        table = self._read_table(self._dataset(table_name).expressions_file, tables.EXPRESSIONS)
+        return tuple(tables.read_expressions(table))
 
     def instances(self, table_name: str) -> dict[int, InstanceRecord]:
         """Return the instances of `<dataset>.<split_by>` by ann_id.
@@ -207,8 +237,8 @@ class FeatureCache:
         Raises:
             CacheMissError: no such table; the message lists those there are.
         """
-        path = self._table_path("instances", table_name)
-        return tables.read_instances(tables.read_table(path, tables.INSTANCES))
+        table = self._read_table(self._dataset(table_name).instances_file, tables.INSTANCES)
+        return tables.read_instances(table)
 
     def categories(self, name: str) -> CategorySet:
         """Return a category set; a dataset's is `manifest.datasets[table_name].category_set`.
@@ -224,8 +254,10 @@ class FeatureCache:
                 name=name,
                 known=known,
             )
-        folder = self._root / "categories"
-        return tables.read_category_set(folder / f"{name}.safetensors", folder / f"{name}.json")
+        paths = f"categories/{name}.safetensors", f"categories/{name}.json"
+        for relative in paths:
+            _read_file(self._root, self._manifest, relative, self._integrity)
+        return tables.read_category_set(*(self._root / relative for relative in paths))
 
     def sam_heads(self) -> dict[str, npt.NDArray[Any]]:
         """Return the weights of SAM's prompt encoder and mask decoder by parameter name.
@@ -238,29 +270,32 @@ class FeatureCache:
                 f"{self._root} holds no {files.SAM_HEADS_NAME}. `ris extract` with the same weights adds it.",
                 path=self._root / files.SAM_HEADS_NAME,
             )
+        _read_file(self._root, self._manifest, files.SAM_HEADS_NAME, self._integrity)
         return tables.read_tensors(self._root / files.SAM_HEADS_NAME)
 
-    def _rows_of(self, image_ids: Sequence[int]) -> list[int]:
-        rows = [self._rows.get(int(image_id), -1) for image_id in image_ids]
-        if -1 not in rows:
-            return rows
-        wanted = [int(image_id) for image_id in image_ids]
-        unknown = [image_id for image_id in dict.fromkeys(wanted) if image_id not in self._images]
+    def _places_of(self, image_ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        try:
+            places = [self._places[image_id] for image_id in map(int, image_ids)]
+        except KeyError:
+            raise self._miss([int(image_id) for image_id in image_ids]) from None
+        return [position for position, _ in places], [row for _, row in places]
+
+    def _miss(self, wanted: list[int]) -> CacheMissError:
+        images = self.images
+        unknown = [image_id for image_id in dict.fromkeys(wanted) if image_id not in images]
         if unknown:
             listed = [str(image_id) for image_id in unknown[:_MAX_LISTED]]
             if len(unknown) > _MAX_LISTED:
                 listed.append(f"and {len(unknown) - _MAX_LISTED} more")
-            raise CacheMissError(
+            return CacheMissError(
                 f"{self._root} holds no features of the images {', '.join(listed)}. Add them with "
                 "`ris extract`.",
                 path=self._root,
                 image_ids=unknown,
             )
-        reasons = {
-            image_id: self._images[image_id].reason for image_id in wanted if image_id not in self._rows
-        }
+        reasons = {image_id: images[image_id].reason for image_id in wanted if image_id not in self._places}
         listed = [f"{image_id}: {reason}" for image_id, reason in reasons.items()]
-        raise CacheMissError(
+        return CacheMissError(
             f"{self._root} has quarantined {len(reasons)} of the images asked for "
             f"({'; '.join(listed[:_MAX_LISTED])}). Leave them out (`quarantined` lists all), or repair the "
             "files and extract them again.",
@@ -269,7 +304,7 @@ class FeatureCache:
             reasons=reasons,
         )
 
-    def _table_path(self, kind: str, table_name: str) -> Path:
+    def _dataset(self, table_name: str) -> DatasetEntry:
         known = self._manifest.datasets
         if table_name not in known:
             raise CacheMissError(
@@ -278,7 +313,15 @@ class FeatureCache:
                 table_name=table_name,
                 known=tuple(known),
             )
-        return self._root / kind / f"{table_name}.parquet"
+        return known[table_name]
+
+    def _read_table(self, relative: str, schema: Any) -> Any:
+        content = _read_file(self._root, self._manifest, relative, self._integrity)
+        return tables.read_table(BytesIO(content), schema, name=self._root / relative)
+
+
+def _reopen(root: Path, integrity: Integrity) -> FeatureCache:
+    return FeatureCache.open(root, integrity=integrity)
 
 
 def _load_manifest(root: Path) -> Manifest:
@@ -288,11 +331,12 @@ def _load_manifest(root: Path) -> Manifest:
         raise CacheError(f"{root} is a file, not a cache directory as `ris extract` makes.", path=root)
     if (root / files.MANIFEST_NAME).exists():
         return load_manifest(root)
-    if (root / files.MARKER_NAME).exists():
+    if (root / files.EXTRACTION_NAME).exists():
         raise IncompleteCacheError(
-            f"The extraction into {root} has not finished. Run `ris extract` again.", path=root
+            f"The extraction into {root} has not finished. Run `ris extract` again: it goes on where it was.",
+            path=root,
         )
-    if not any(root.iterdir()):
+    if not any(path.name != files.LOCK_NAME for path in root.iterdir()):
         raise IncompleteCacheError(f"{root} is empty. Make a cache there with `ris extract`.", path=root)
     raise CacheError(
         f"{root} is not a cache: it holds files, but no {files.MANIFEST_NAME}. Point --cache at a directory "
@@ -302,32 +346,72 @@ def _load_manifest(root: Path) -> Manifest:
 
 
 def _require_files(root: Path, manifest: Manifest) -> None:
-    """Check that every file listed is there, and every shard whole; shards never change once written."""
-    required = [files.IMAGES_NAME]
-    for name in manifest.datasets:
-        required += [f"expressions/{name}.parquet", f"instances/{name}.parquet"]
+    """Check that every file listed is there and as long as listed."""
+    required = [manifest.images.file]
+    for entry in manifest.datasets.values():
+        required += [entry.expressions_file, entry.instances_file]
     for name in manifest.category_sets:
         required += [f"categories/{name}.safetensors", f"categories/{name}.json"]
     missing = [relative for relative in required if relative not in manifest.files]
-    for relative, entry in manifest.files.items():
-        path = files.safe_join(root, relative)
-        if not path.is_file():
+    for relative, expected in manifest.files.items():
+        try:
+            num_bytes = os.stat(files.safe_join(root, relative)).st_size  # noqa: PTH116 - a third of the time
+        except (FileNotFoundError, NotADirectoryError):
             missing.append(relative)
-        elif relative.startswith(f"{files.FEATURES_NAME}/") and path.name != "zarr.json":
-            num_bytes = path.stat().st_size
-            if num_bytes != entry.bytes:
-                raise CorruptShardError(
-                    f"The shard {path} has {num_bytes} bytes, but the manifest says {entry.bytes}. Restore "
-                    "the file from a copy, or extract the cache again into another directory.",
-                    path=path,
-                    expected=entry.bytes,
-                    found=num_bytes,
-                )
+            continue
+        if num_bytes != expected.bytes:
+            raise CorruptShardError(
+                f"{root / relative} has {num_bytes} bytes, but the manifest says {expected.bytes}. Restore "
+                "the file from a copy, or features with `ris cache verify --repair`.",
+                path=root / relative,
+                expected=expected.bytes,
+                found=num_bytes,
+            )
     if missing:
         more = f" and {len(missing) - _MAX_LISTED} more" if len(missing) > _MAX_LISTED else ""
         raise CorruptShardError(
             f"{root} lacks files of its manifest: {', '.join(missing[:_MAX_LISTED])}{more}. Restore them "
-            "from a copy, or extract the cache again into another directory with `ris extract`.",
+            "from a copy, or features with `ris cache verify --repair`.",
             path=root,
             missing=missing,
+        )
+
+
+def _read_file(root: Path, manifest: Manifest, relative: str, integrity: Integrity) -> bytes:
+    """Read a file whole and compare it with its digest."""
+    path = files.safe_join(root, relative)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise CorruptShardError(
+            f"{path} is missing. If `ris cache gc` ran since the cache was opened, open it again; otherwise "
+            "restore the file from a copy.",
+            path=path,
+        ) from error
+    if integrity != "off" and files.digest_of(content).sha256 != manifest.files[relative].sha256:
+        raise CorruptShardError(
+            f"{path} is damaged: its SHA-256 is not that of the manifest. Restore the file from a copy, or "
+            "extract the cache again into another directory with `ris extract`.",
+            path=path,
+        )
+    return content
+
+
+def _require_sound_images(path: Path, manifest: Manifest, table: Any) -> None:
+    """Check that the table of images makes sense as a map from images to rows."""
+    ids, rows = (table.column(name).to_numpy() for name in ("image_id", "row"))
+    lengths = table.column("crc32c").combine_chunks().value_lengths().to_numpy()
+    present = np.asarray(table.column("status").to_numpy(zero_copy_only=False) == tables.OK)
+    problem = None
+    if len(np.unique(ids)) < len(ids) or len(np.unique(rows)) < len(rows):
+        problem = "names an image or a row twice"
+    elif len(rows) and not (rows.min() >= 0 and rows.max() < manifest.rows):
+        problem = f"names rows outside 0 to {manifest.rows - 1}"
+    elif not (lengths[present] == len(manifest.arrays)).all():
+        problem = f"does not give {len(manifest.arrays)} checksums for every image"
+    if problem:
+        raise CorruptShardError(
+            f"{path} {problem}. Restore it from a copy, or extract the cache again into another directory "
+            "with `ris extract`.",
+            path=path,
         )

@@ -1,30 +1,22 @@
-"""Files of a cache: atomic writes, digests, paths that cannot leave the directory, and whole updates.
-
-An update of a cache touches several files, and a rename replaces only one. So every file that changes is
-first written whole into `pending/`, the manifest last; that manifest is the promise that the update is
-complete. `commit_pending` then moves the files into place, the manifest last again, and can be repeated
-after a crash at any instant.
-"""
+"""Files of a cache: their names, atomic writes, digests, and paths that cannot leave the directory."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from ris_cache.errors import ConfigError, CorruptShardError
+from ris_cache.errors import CorruptShardError
 
 MANIFEST_NAME = "manifest.json"
-PENDING_NAME = "pending"
-FEATURES_NAME = "features.zarr"
-IMAGES_NAME = "images.parquet"
+LOCK_NAME = ".lock"
+EXTRACTION_NAME = "extraction"
 SAM_HEADS_NAME = "sam_heads.safetensors"
-MARKER_NAME = "extraction.json"
-_DIRECTORIES = (FEATURES_NAME, PENDING_NAME, "expressions", "instances", "categories")
+FEATURE_DIRECTORIES = ("features.zarr", "features")
+DIRECTORIES = (*FEATURE_DIRECTORIES, "images", "expressions", "instances", "categories")
 _BLOCK_BYTES = 1 << 20
 
 
@@ -59,6 +51,12 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object]) 
     sync_directory(path.parent)
 
 
+def is_temporary(relative: str) -> bool:
+    """Whether a path is that of a file that `write_atomically` has not finished."""
+    name = relative.rpartition("/")[2]
+    return name.startswith(".") and name.endswith(".tmp")
+
+
 def sha256_file(path: Path) -> FileDigest:
     """Digest a file of any size without loading it whole."""
     digest = hashlib.sha256()
@@ -68,6 +66,11 @@ def sha256_file(path: Path) -> FileDigest:
             digest.update(block)
             num_bytes += len(block)
     return FileDigest(num_bytes=num_bytes, sha256=digest.hexdigest())
+
+
+def digest_of(content: bytes) -> FileDigest:
+    """Digest the content of a file."""
+    return FileDigest(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def sync_directory(path: Path) -> None:
@@ -124,48 +127,45 @@ def safe_join(root: Path, relative: str) -> Path:
     return path
 
 
-def has_pending(root: Path) -> bool:
-    """Say whether a complete update waits in `root` to be moved into place."""
-    return (root / PENDING_NAME / MANIFEST_NAME).is_file()
+def table_file(kind: str, name: str, content: bytes) -> str:
+    """Return the path of a table, `<kind>/<name>.<digest>.parquet`, relative to the cache.
 
-
-def commit_pending(root: Path) -> None:
-    """Move a complete update from `root/pending` into place, its manifest last."""
-    pending = root / PENDING_NAME
-    assert has_pending(root), f"{pending} holds no complete update"
-    # In order of path: the feature arrays grow before the image table names their new rows.
-    for source in sorted(path for path in pending.rglob("*") if path.is_file()):
-        relative = source.relative_to(pending)
-        if relative.as_posix() != MANIFEST_NAME:
-            make_directories((root / relative).parent)
-            source.replace(root / relative)
-            sync_directory((root / relative).parent)
-    (pending / MANIFEST_NAME).replace(root / MANIFEST_NAME)
-    sync_directory(root)
-    discard_pending(root)
-
-
-def discard_pending(root: Path) -> None:
-    """Remove what is left of an update."""
-    pending = root / PENDING_NAME
-    if pending.is_dir():
-        shutil.rmtree(pending)
-
-
-def prepare_fresh(root: Path) -> None:
-    """Make a directory with the marker of an unfinished extraction, removing what an earlier one left there.
-
-    Raises:
-        ConfigError: the directory holds something else.
+    The name holds part of the content's digest, so another content never replaces a file that a reader of an
+    older manifest may still open.
     """
-    if (root / MARKER_NAME).exists():
-        for name in _DIRECTORIES:
-            if (root / name).is_dir():
-                shutil.rmtree(root / name)
-    elif root.exists() and any(root.iterdir()):
-        raise ConfigError(
-            f"{root} holds files but no feature cache. Name a new or empty directory for the cache; nothing "
-            "was changed.",
-            path=root,
-        )
-    write_atomically(root / MARKER_NAME, b'{"status": "unfinished"}\n')
+    return f"{kind}/{name}.{hashlib.sha256(content).hexdigest()[:12]}.parquet"
+
+
+def all_files(root: Path) -> dict[str, Path]:
+    """Return every file that belongs into a cache's directories, by posix path relative to `root`.
+
+    Locks, manifest and what a running extraction keeps are left out.
+    """
+    found = {
+        path.name: path
+        for path in sorted(root.glob("*"))
+        if path.name == SAM_HEADS_NAME or is_temporary(path.name)
+    }
+    for name in DIRECTORIES:
+        for directory, _, names in os.walk(root / name):
+            for file in (Path(directory, name) for name in sorted(names)):
+                found[file.relative_to(root).as_posix()] = file
+    return found
+
+
+def remove_files(root: Path, relatives: Iterable[str]) -> None:
+    """Remove files of a cache and the directories that this leaves empty; absent files are passed over."""
+    for relative in relatives:
+        path = root / relative
+        path.unlink(missing_ok=True)
+        for parent in path.parents:
+            if parent == root or not _remove_if_empty(parent):
+                break
+
+
+def _remove_if_empty(directory: Path) -> bool:
+    try:
+        directory.rmdir()
+    except OSError:  # not empty, or already gone with its own parent
+        return False
+    return True

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from ris_cache.encoders.spec import EncoderSpec
 from ris_cache.errors import ConfigError, FingerprintMismatchError
+from ris_cache.store.precision import QUANTISERS
 
 FORMAT_VERSION: Final = 1
 """Version of the cache format; part of the fingerprint, because a new format may round differently."""
@@ -69,16 +70,31 @@ class FieldDifference:
 
 
 def cache_fingerprint(
-    spec: EncoderSpec, weights: Mapping[str, Mapping[str, object]], *, dtype: str
+    spec: EncoderSpec,
+    weights: Mapping[str, Mapping[str, object]],
+    *,
+    arithmetic: str,
+    dtype: str,
+    rounded_through: Sequence[str] = (),
 ) -> Fingerprint:
     """Fingerprint a cache from what makes its features.
 
     Args:
         weights: what identifies each set of weights, by its role, e.g. {"sam": {"sha256": "…"}}.
+        arithmetic: element type of the image encoders' matrix products, e.g. float32.
         dtype: how features are stored.
+        rounded_through: dtypes that features were stored in before, where that lost something.
     """
     return Fingerprint.of(
-        {"format_version": FORMAT_VERSION, "encoders": spec.as_dict(), "weights": weights, "dtype": dtype}
+        {
+            "format_version": FORMAT_VERSION,
+            "encoders": spec.as_dict(),
+            "weights": weights,
+            "arithmetic": arithmetic,
+            "dtype": dtype,
+            "quantiser": QUANTISERS.get(dtype, "none"),
+            "rounded_through": list(rounded_through),
+        }
     )
 
 

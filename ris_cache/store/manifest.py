@@ -6,10 +6,11 @@ whoever opens a cache, so it is checked whole here and nowhere else.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,8 +27,9 @@ from pydantic import (
 )
 
 from ris_cache.errors import CacheError, CorruptShardError, IncompleteCacheError
-from ris_cache.store.files import MANIFEST_NAME, FileDigest, is_safe_relative
+from ris_cache.store.files import FEATURE_DIRECTORIES, MANIFEST_NAME, FileDigest, is_safe_relative
 from ris_cache.store.fingerprint import FORMAT_VERSION, Fingerprint
+from ris_cache.store.layout import StoredArray
 
 FORMAT_NAME = "ris-feature-cache"
 Count = Annotated[int, Field(ge=0)]
@@ -71,24 +73,45 @@ class StoredFingerprint(_Strict):
         return self
 
 
+class ArrayEntry(_Strict):
+    """One stored array: its name, shape per row and element type; uint16 holds the bits of bfloat16."""
+
+    name: str
+    shape: tuple[Annotated[int, Field(ge=1)], ...]
+    dtype: Literal["float16", "float32", "uint16", "int8"]
+
+    @classmethod
+    def of(cls, array: StoredArray) -> ArrayEntry:
+        """Return the entry of an array."""
+        return cls(name=array.name, shape=array.shape, dtype=array.dtype)
+
+    def to_array(self) -> StoredArray:
+        """Return the array."""
+        return StoredArray(name=self.name, shape=self.shape, dtype=self.dtype)
+
+
 class SplitCounts(_Strict):
-    """How much of one split the expression table holds."""
+    """How much of one split the expression table holds; a trial with `--limit` holds a part."""
 
     expressions: Count
     refs: Count
     images: Count
+    is_complete: bool = True
 
 
 class DatasetEntry(_Strict):
-    """One `<dataset>.<split_by>`: its category set and its splits, in the order of the table."""
+    """One `<dataset>.<split_by>`: its tables, its category set and its splits, in the order of the table."""
 
+    expressions_file: str
+    instances_file: str
     category_set: str
     splits: dict[str, SplitCounts]
 
 
-class ImageCounts(_Strict):
-    """Images with features, and images left out for a reason that `images.parquet` gives."""
+class ImagesEntry(_Strict):
+    """The table of images: those with features, and those left out for a reason that the table gives."""
 
+    file: str
     ok: Count
     quarantined: Count
 
@@ -116,12 +139,13 @@ class Manifest(_Strict):
         preset: name of the encoder preset.
         weights: human label of each set of weights by role, e.g. "random(seed=0)".
         shard_rows: rows per shard.
-        dtype: element type of every feature array.
-        arrays: shape per image by array name.
-        rows: rows of every feature array, a multiple of `shard_rows`; some hold no image.
+        dtype: how features are stored, `precision.DTYPES`.
+        arrays: every stored array.
+        rows: rows of every array, a multiple of `shard_rows`; some hold no image.
         datasets: by table name.
         category_sets: names of the files in `categories/`.
-        files: every file of the cache but this one, by relative posix path.
+        files: every file of the cache by relative posix path, but this one and Zarr's `zarr.json`.
+        digest: SHA-256 of the canonical JSON of all other fields.
     """
 
     format: Literal["ris-feature-cache"]
@@ -129,23 +153,34 @@ class Manifest(_Strict):
     fingerprint: StoredFingerprint
     preset: str
     weights: dict[str, str]
-    backend: Literal["zarr"]
+    backend: Literal["zarr", "hdf5"]
     shard_rows: Annotated[int, Field(ge=1)]
-    dtype: Literal["float16", "float32"]
-    arrays: dict[str, tuple[Annotated[int, Field(ge=1)], ...]]
+    dtype: Literal["float16", "bfloat16", "float32", "int8"]
+    arrays: tuple[ArrayEntry, ...]
     rows: Count
-    images: ImageCounts
+    images: ImagesEntry
     datasets: dict[str, DatasetEntry]
     category_sets: tuple[str, ...]
     recorded: RecordedFacts
     files: dict[str, FileEntry]
+    digest: Digest
 
-    @field_validator("arrays", "datasets")
+    @field_validator("arrays")
     @classmethod
-    def _names_are_safe(cls, value: dict[str, object]) -> dict[str, object]:
-        for name in value:
-            if not is_safe_name(name):
-                raise ValueError(f"{name!r} cannot be a name: it is no plain file name")
+    def _array_names_are_safe(cls, value: tuple[ArrayEntry, ...]) -> tuple[ArrayEntry, ...]:
+        _require_safe_names([entry.name for entry in value])
+        return value
+
+    @field_validator("datasets")
+    @classmethod
+    def _dataset_names_are_safe(cls, value: dict[str, DatasetEntry]) -> dict[str, DatasetEntry]:
+        _require_safe_names(list(value))
+        return value
+
+    @field_validator("category_sets")
+    @classmethod
+    def _set_names_are_safe(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        _require_safe_names(value)
         return value
 
     @field_validator("files")
@@ -160,15 +195,25 @@ class Manifest(_Strict):
     def _parts_agree(self) -> Self:
         if self.rows % self.shard_rows:
             raise ValueError(f"rows ({self.rows}) is not a multiple of shard_rows ({self.shard_rows})")
-        for name in self.category_sets:
-            if not is_safe_name(name):
-                raise ValueError(f"{name!r} cannot be a name: it is no plain file name")
         for table, entry in self.datasets.items():
             if entry.category_set not in self.category_sets:
                 raise ValueError(
                     f"dataset {table!r} uses the category set {entry.category_set!r}, not listed"
                 )
         return self
+
+    def sealed(self) -> Manifest:
+        """Return the same manifest with its digest."""
+        return self.model_copy(update={"digest": _digest(json.loads(self.model_dump_json()))})
+
+    def shard_files(self) -> dict[str, FileEntry]:
+        """Return the files of features, by path."""
+        directories = tuple(f"{name}/" for name in FEATURE_DIRECTORIES)
+        return {path: entry for path, entry in self.files.items() if path.startswith(directories)}
+
+    def stored_arrays(self) -> tuple[StoredArray, ...]:
+        """Return what `arrays` describes."""
+        return tuple(entry.to_array() for entry in self.arrays)
 
     def to_fingerprint(self) -> Fingerprint:
         """Return the fingerprint as a value."""
@@ -214,6 +259,8 @@ def load_manifest(root: Path) -> Manifest:
             format_version=version,
             supported=FORMAT_VERSION,
         )
+    if found.get("digest") != _digest(found):
+        raise _damaged(path, "its digest is not that of its content")
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -222,6 +269,20 @@ def load_manifest(root: Path) -> Manifest:
             for problem in error.errors()[:5]
         )
         raise _damaged(path, problems) from error
+
+
+def _digest(document: dict[str, Any]) -> str:
+    content = {key: value for key, value in document.items() if key != "digest"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def _require_safe_names(names: Sequence[str]) -> None:
+    for name in names:
+        if not is_safe_name(name):
+            raise ValueError(f"{name!r} cannot be a name: it is no plain file name")
+    if len(set(names)) < len(names):
+        raise ValueError(f"names repeat in {list(names)}")
 
 
 def recorded_facts(libraries: Mapping[str, str]) -> RecordedFacts:

@@ -6,6 +6,7 @@ that say otherwise belong in another cache.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -17,28 +18,42 @@ from ris_cache.store.tables import EXPRESSIONS
 
 
 def merge_expressions(name: str, known: Any, added: Any) -> Any:
-    """Return the known expressions followed by the splits that are new.
+    """Return the known expressions, with splits that are new behind them.
 
-    A split that is known must come with the same annotations; its predicted categories are kept.
+    A split that is known must come with the same annotations; its predicted categories are kept. One of the
+    two may hold a part of the split only (a trial on a few images): then the larger one is returned in its
+    place.
 
     Raises:
         DataError: a known split with other expressions.
     """
-    annotated = [column for column in EXPRESSIONS.names if column != "clip_category_id"]
-    pieces = [known]
+    pieces: dict[str, Any] = {}
+    for split in pc.unique(known.column("split")).to_pylist():
+        pieces[split] = known.filter(pc.equal(known.column("split"), split))
     for split in pc.unique(added.column("split")).to_pylist():
         new = added.filter(pc.equal(added.column("split"), split))
-        old = known.filter(pc.equal(known.column("split"), split))
-        if old.num_rows == 0:
-            pieces.append(new)
-        elif not old.select(annotated).equals(new.select(annotated)):
-            raise DataError(
-                f"{name}:{split} has {new.num_rows} expressions that are not the {old.num_rows} the cache "
-                "was made from. Restore the annotation files, or extract into another directory.",
-                table=name,
-                split=split,
-            )
-    return pa.concat_tables(pieces)
+        old = pieces.get(split)
+        pieces[split] = new if old is None else _larger(name, split, old, new)
+    return pa.concat_tables(pieces.values())
+
+
+def _larger(name: str, split: str, old: Any, new: Any) -> Any:
+    annotated = [column for column in EXPRESSIONS.names if column != "clip_category_id"]
+    if old.select(annotated).equals(new.select(annotated)):
+        return old
+    smaller, larger = (old, new) if old.num_rows < new.num_rows else (new, old)
+    content = {(row["ref_id"], row["sent_id"]): row for row in larger.select(annotated).to_pylist()}
+    is_part = smaller.num_rows < larger.num_rows and all(
+        content.get((row["ref_id"], row["sent_id"])) == row for row in smaller.select(annotated).to_pylist()
+    )
+    if not is_part:
+        raise DataError(
+            f"{name}:{split} has {new.num_rows} expressions that are not the {old.num_rows} the cache "
+            "was made from. Restore the annotation files, or extract into another directory.",
+            table=name,
+            split=split,
+        )
+    return larger
 
 
 def merge_instances(name: str, known: Any, added: Any) -> Any:
@@ -72,4 +87,21 @@ def count_splits(expressions: Any) -> dict[str, SplitCounts]:
             refs=pc.count_distinct(rows.column("ref_id")).as_py(),
             images=pc.count_distinct(rows.column("image_id")).as_py(),
         )
+    return counts
+
+
+def merged_counts(
+    expressions: Any, known: Mapping[str, SplitCounts], added_whole: Collection[str]
+) -> dict[str, SplitCounts]:
+    """Count each split of a merged table, and say which are whole.
+
+    Args:
+        known: counts of the table before.
+        added_whole: splits that were just added, or compared, with all their expressions.
+    """
+    counts: dict[str, SplitCounts] = {}
+    for split, found in count_splits(expressions).items():
+        before = known.get(split)
+        was_complete = before is not None and before.is_complete and before.expressions == found.expressions
+        counts[split] = found.model_copy(update={"is_complete": was_complete or split in added_whole})
     return counts

@@ -48,9 +48,11 @@ IMAGES = pa.schema(
         pa.field("sha256", pa.string()),
         _required("status", pa.string()),
         pa.field("reason", pa.string()),
+        _required("crc32c", _list_of(pa.uint32())),
     ]
 )
-"""One row per image; sha256 is null where the file could not be read, reason where status is ok."""
+"""One row per image; sha256 is null where the file could not be read, reason where status is ok; crc32c has
+one entry per array of the manifest, of the image's row in it, and none where there are no features."""
 
 EXPRESSIONS = pa.schema(
     [
@@ -92,6 +94,7 @@ class CachedImage:
         row: where its features lie in every array.
         sha256: of the image file; None where the file could not be read.
         reason: why it is quarantined; None if it is not.
+        crc32c: checksum of its row in each array, in the order of the manifest's; empty if quarantined.
     """
 
     image_id: int
@@ -102,6 +105,7 @@ class CachedImage:
     width: int
     sha256: str | None
     reason: str | None
+    crc32c: tuple[int, ...] = ()
 
     @property
     def is_quarantined(self) -> bool:
@@ -170,8 +174,11 @@ def images_table(images: Iterable[CachedImage]) -> Any:
 def read_images(table: Any) -> list[CachedImage]:
     """Return the images of a table, in its order."""
     names = [name for name in IMAGES.names if name != "status"]
-    columns = [table.column(name).to_pylist() for name in names]
-    return [CachedImage(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
+    columns = {name: table.column(name).to_pylist() for name in names}
+    columns["crc32c"] = [tuple(values) for values in columns["crc32c"]]
+    return [
+        CachedImage(**dict(zip(names, values, strict=True))) for values in zip(*columns.values(), strict=True)
+    ]
 
 
 def expressions_table(expressions: Sequence[ExpressionRecord], clip_category_ids: Sequence[int]) -> Any:
@@ -247,18 +254,24 @@ def table_bytes(table: Any) -> bytes:
     return buffer.getvalue()
 
 
-def read_table(path: Path | BinaryIO, schema: Any) -> Any:
-    """Read a Parquet file, or the open content of one, that must have a schema.
+def read_table(source: Path | BinaryIO, schema: Any, *, name: Path | None = None) -> Any:
+    """Read a Parquet file that must have a schema.
+
+    Args:
+        source: its path, or its open content.
+        name: what to call it in messages; by default its path.
 
     Raises:
         CorruptShardError: missing, not Parquet, or with other columns; the message names them.
     """
+    shown = name or source
     try:
         # Not `pq.read_table`: that reads folder names such as `split=val` above the file as further columns.
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(source) as file:
             table = file.read()
+        table.validate(full=True)
     except (OSError, pa.ArrowException) as error:
-        raise _damaged(path, f"cannot be read as Parquet ({error})") from error
+        raise _damaged(shown, f"cannot be read as Parquet ({error})") from error
     if not table.schema.equals(schema):
         found = {field.name: str(field) for field in table.schema}
         expected = {field.name: str(field) for field in schema}
@@ -267,7 +280,7 @@ def read_table(path: Path | BinaryIO, schema: Any) -> Any:
             for name in dict.fromkeys((*expected, *found))
             if expected.get(name) != found.get(name)
         ]
-        raise _damaged(path, "has other columns: " + ("; ".join(wrong) or "their order differs"))
+        raise _damaged(shown, "has other columns: " + ("; ".join(wrong) or "their order differs"))
     return table
 
 

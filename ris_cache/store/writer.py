@@ -1,389 +1,423 @@
-"""Writing a cache: rows for images, shards of features, tables, and the manifest last.
+"""Writing a cache, alone or together with other processes.
 
-A fresh cache is marked by `extraction.json` until its manifest is there. Adding to a cache leaves all that
-its manifest speaks of as it is: new shards lie past the old rows, and every file that grows (tables, array
-metadata) waits in `pending/` until `finish` puts them all in place together with the new manifest.
+Every process that extends a cache opens a `CacheWriter`. The first one plans: which image gets which row. The
+others join that plan if they ask for the same, and wait for its end if they ask for something else. Shards
+are claimed one by one through locks that a killed process cannot keep, computed, and committed; the claims
+of a dead process go to whoever looks next. When all shards are committed, the first process that gets there
+writes tables and manifest.
+
+Nothing that a manifest in place speaks of is ever changed, so readers need no lock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
-from io import BytesIO
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
-import safetensors.numpy
 
-from ris_cache.datasets.records import ExpressionRecord, ImageRecord, InstanceRecord
-from ris_cache.errors import CacheMissError, ConfigError, DataError, IncompleteCacheError, NonFiniteError
-from ris_cache.store import files, manifest, tables
-from ris_cache.store.fingerprint import FORMAT_VERSION, Fingerprint, require_match
-from ris_cache.store.manifest import DatasetEntry, FileEntry, ImageCounts, Manifest
-from ris_cache.store.merging import count_splits, merge_expressions, merge_instances
-from ris_cache.store.tables import CachedImage, CategorySet
-from ris_cache.store.zarr_shards import ZarrShardWriter
+from ris_cache.datasets.records import ImageRecord
+from ris_cache.errors import CacheError, ConfigError, DataError
+from ris_cache.store import files, manifest
+from ris_cache.store.backends import make_backend
+from ris_cache.store.draft import CacheDraft, Recipe
+from ris_cache.store.fingerprint import Fingerprint, require_match
+from ris_cache.store.journal import (
+    Journal,
+    Plan,
+    PlannedImage,
+    RecordedImage,
+    ShardRecord,
+    assign_rows,
+)
+from ris_cache.store.layout import Array, Backend
+from ris_cache.store.locks import FileLock
+from ris_cache.store.manifest import ArrayEntry, FileEntry, Manifest, StoredFingerprint
+from ris_cache.store.rows import row_checksums
+from ris_cache.store.tables import CachedImage
 
-SHARD_ROWS = 64
+_POLL_SECONDS = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewImage(ImageRecord):
+    """An image that is to get features.
+
+    Attributes:
+        namespace: whose ids `image_id` is one of.
+        row: the row it must get; None leaves it to the plan.
+    """
+
+    namespace: str = "coco"
+    row: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one image of a shard.
+
+    Attributes:
+        sha256: of the image file, lower-case hex; None if it could not be read at all.
+        reason: why it has no features; None if it has.
+    """
+
+    sha256: str | None
+    reason: str | None = None
+
+
+class ShardClaim:
+    """One shard that this process, and no other, works on until `commit` or `release`."""
+
+    def __init__(
+        self, shard: int, images: tuple[PlannedImage, ...], backend: Backend, journal: Journal, lock: FileLock
+    ) -> None:
+        """For `CacheWriter.free_claims` only."""
+        self.shard = shard
+        self.images = images
+        self._backend = backend
+        self._journal = journal
+        self._lock = lock
+
+    def commit(self, arrays: Mapping[str, Array], outcomes: Sequence[Outcome]) -> None:
+        """Write the shard and record that it is done.
+
+        Args:
+            arrays: [n, ...] of every stored array: the rows of the images without a reason, in their order.
+            outcomes: of every image of `images`.
+
+        Raises:
+            ShapeError: arrays that do not fit.
+            OSError: the disk is full, say; the shard stays to do.
+        """
+        assert self._lock.is_held, "the claim was given back"
+        first_row = self.shard * self._backend.shard_rows
+        kept = [i for i, outcome in enumerate(outcomes) if outcome.reason is None]
+        positions = np.array([self.images[i].row - first_row for i in kept], np.int64)
+        digests = self._backend.write_shard(self.shard, positions, arrays)
+        checksums = iter(row_checksums([arrays[array.name] for array in self._backend.arrays]))
+        self._journal.commit(
+            ShardRecord(
+                shard=self.shard,
+                files={path: FileEntry.of(digest) for path, digest in digests.items()},
+                images=tuple(
+                    RecordedImage(
+                        image_id=image.image_id,
+                        sha256=outcome.sha256,
+                        reason=outcome.reason,
+                        crc32c=next(checksums) if outcome.reason is None else (),
+                    )
+                    for image, outcome in zip(self.images, outcomes, strict=True)
+                ),
+            )
+        )
+        self.release()
+
+    def release(self) -> None:
+        """Leave the shard to others, done or not."""
+        self._lock.release()
 
 
 class CacheWriter:
-    """One extraction into one cache directory; one writer per directory, one thread at a time.
+    """One process's part in extending a cache: `open`, `free_claims` until `is_done`, `finish`."""
 
-    Order of calls: `create`; `add_images`; for each shard `record_file` or `quarantine` per image, then
-    `write_shard`; tables, categories and heads once their images are added; `finish` last.
-    """
-
-    def __init__(
-        self, root: Path, shards: ZarrShardWriter, draft: Manifest, images: Iterable[CachedImage]
-    ) -> None:
-        """For `create` only."""
+    def __init__(self, root: Path, recipe: Recipe, plan: Plan | None, activity: FileLock | None) -> None:
+        """For `open` only."""
         self._root = root
-        self._shards = shards
-        self._draft = draft
-        self._images = {image.image_id: image for image in images}
-        self._files = dict(draft.files)
-        self._datasets = dict(draft.datasets)
-        self._category_sets = list(draft.category_sets)
-        self._new_category_sets: dict[str, CategorySet] = {}
-        self._changed: dict[str, bytes] = {}
-        self._next_row = draft.rows
-        self._unwritten: set[int] = set()
+        self._recipe = recipe
+        self._plan = plan
+        self._activity = activity
+        self._journal = Journal(root)
+        self._backend = make_backend(recipe.backend, root, recipe.arrays, recipe.shard_rows)
+        self._shards = plan.shards() if plan else {}
+        self._identity = self._journal.identity() if plan else None
+        self._done: set[int] = set()
 
     @classmethod
-    def create(
+    def open(
         cls,
         root: Path,
-        fingerprint: Fingerprint,
+        recipe: Recipe,
         *,
-        preset: str,
-        shapes: Mapping[str, tuple[int, ...]],
-        weights: Mapping[str, str],
-        dtype: str = "float16",
-        shard_rows: int = SHARD_ROWS,
-        libraries: Mapping[str, str] | None = None,
-    ) -> CacheWriter:
-        """Start a cache, start an unfinished one over, or open a finished one to add to it.
+        purpose: str,
+        request: Mapping[str, Any],
+        choose: Callable[[Mapping[int, CachedImage]], Sequence[NewImage]],
+        on_wait: Callable[[str], None] = lambda reason: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Self:
+        """Plan an extension of the cache, or join the one under way.
 
         Args:
-            root: the cache directory; new, empty, or a cache.
-            shapes: shape per image by array name, `EncoderSpec.feature_shapes`.
-            weights: human label of each set of weights by role.
-            dtype: float16 or float32.
-            shard_rows: rows per shard; a finished cache keeps its own.
-            libraries: versions to record beside those of this room.
+            recipe: its backend and shard_rows must be those of the cache where there is one.
+            purpose: the command, for messages.
+            request: JSON values that say what is asked for, so that who asks for the same works together.
+            choose: given the images that the cache has, returns those that need features, in an order that
+                depends on nothing else.
+            on_wait: told once why there is nothing to do yet.
+            should_stop: looked at while waiting.
 
         Raises:
             ConfigError: `root` is a file, or a directory that holds something else.
-            FingerprintMismatchError: a finished cache made with other settings.
+            FingerprintMismatchError: a cache, or a cut-off extraction, of another making.
+            CacheError: another backend than the cache's.
         """
-        recorded = manifest.recorded_facts(libraries or {})
-        if root.exists() and not root.is_dir():
-            raise ConfigError(f"{root} is a file; name a directory for the cache.", path=root)
-        is_finished = (root / files.MANIFEST_NAME).exists()
-        if is_finished:
-            manifest.load_manifest(root)  # before anything is moved: the directory may be somebody else's
-        if files.has_pending(root) and (is_finished or (root / files.MARKER_NAME).exists()):
-            files.commit_pending(root)
-            is_finished = True
-        if is_finished:
-            draft = manifest.load_manifest(root)
-            require_match(fingerprint, draft.to_fingerprint(), where=str(root))
-            images = tables.read_images(tables.read_table(root / files.IMAGES_NAME, tables.IMAGES))
-            shards = ZarrShardWriter(root / files.FEATURES_NAME)
-            shards.discard_beyond(draft.rows)
-            files.discard_pending(root)
-            (root / files.MARKER_NAME).unlink(missing_ok=True)
-            kept = recorded.model_copy(update={"created": draft.recorded.created})
-            return cls(root, shards, draft.model_copy(update={"recorded": kept}), images)
-        files.prepare_fresh(root)
-        shards = ZarrShardWriter.create(root / files.FEATURES_NAME, shapes, dtype, shard_rows)
-        draft = Manifest.model_validate(
-            {
-                "format": manifest.FORMAT_NAME,
-                "format_version": FORMAT_VERSION,
-                "fingerprint": {"digest": fingerprint.digest, "fields": fingerprint.fields},
-                "preset": preset,
-                "weights": dict(weights),
-                "backend": "zarr",
-                "shard_rows": shard_rows,
-                "dtype": dtype,
-                "arrays": {name: tuple(shape) for name, shape in shapes.items()},
-                "rows": 0,
-                "images": ImageCounts(ok=0, quarantined=0),
-                "datasets": {},
-                "category_sets": (),
-                "recorded": recorded,
-                "files": {
-                    f"{files.FEATURES_NAME}/zarr.json": FileEntry.of(
-                        files.sha256_file(root / files.FEATURES_NAME / "zarr.json")
-                    )
-                },
-            }
-        )
-        return cls(root, shards, draft, ())
+        _require_cache_directory(root)
+        files.make_directories(root)
+        lock, journal = FileLock(root / files.LOCK_NAME), Journal(root)
+        told = False
+        while True:
+            with lock:
+                base = load_base(root)
+                _require_same_making(root, recipe, base, journal)
+                plan = _plan_in_place(journal, base)
+                draft = CacheDraft.begin(root, recipe)
+                wanted = choose(draft.images)
+                activity = journal.activity_lock() if plan or wanted or base is None else None
+                if plan is None and activity is not None:
+                    plan = _make_plan(recipe, base, wanted, purpose=purpose, request=request)
+                    journal.start(plan, keep_records=False)
+                elif plan is not None and not _asks_for(plan, request, wanted):
+                    assert activity is not None
+                    if activity.acquire(wait=False):
+                        plan = _make_plan(
+                            recipe, base, wanted, purpose=purpose, request=request, after=(plan, journal)
+                        )
+                        journal.start(plan, keep_records=True)
+                    else:
+                        activity = None
+                if activity is not None:
+                    activity.acquire(shared=True)
+                if plan is None or activity is not None:
+                    return cls(root, recipe, plan, activity)
+                reason = f"another `ris {plan.purpose}` is at work on {root} ({_described(plan.request)})"
+            if not told:
+                on_wait(f"{reason}; waiting for it to end")
+                told = True
+            if should_stop():
+                raise CacheError(f"Stopped while {reason}.", path=root)
+            time.sleep(_POLL_SECONDS)
 
     @property
-    def known_images(self) -> dict[int, CachedImage]:
-        """Every image of the cache so far, by image_id, with those that `add_images` gave a row."""
-        return dict(self._images)
+    def shards(self) -> dict[int, tuple[PlannedImage, ...]]:
+        """The images of each planned shard, by row; shards that are done too."""
+        return self._shards
 
     @property
-    def shard_rows(self) -> int:
-        """S, rows per shard."""
-        return self._shards.shard_rows
+    def num_committed(self) -> int:
+        """How many of the planned images lie in shards that are done, by whichever process."""
+        return sum(len(images) for shard, images in self._shards.items() if self._is_done(shard))
 
-    def add_images(
-        self, images: Sequence[ImageRecord], *, namespace: str = "coco", retry_quarantined: bool = False
-    ) -> dict[int, int]:
-        """Give rows to images that the cache does not know, in their order, beginning at a fresh shard.
+    def free_claims(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[ShardClaim]:
+        """Claim one after another the shards that are neither done nor claimed, until none is left.
 
-        Args:
-            namespace: whose ids the image_ids are.
-            retry_quarantined: give new rows to quarantined images as well, from any file.
+        Never waits, so a process may claim its next shard while it still computes one. A shard whose process
+        was killed is free again. What is not committed must be released.
+        """
+        for shard in sorted(self._shards):
+            if should_stop() or not self._is_in_place():
+                return
+            if self._is_done(shard):
+                continue
+            lock = self._journal.claim_lock(shard)
+            if lock.acquire(wait=False):
+                if self._is_done(shard):
+                    lock.release()
+                else:
+                    yield ShardClaim(shard, self._shards[shard], self._backend, self._journal, lock)
 
-        Returns:
-            The row of each image that needs features, by image_id.
+    def is_done(self) -> bool:
+        """Whether every shard is committed, or another process has finished the plan already."""
+        return all(self._is_done(shard) for shard in self._shards) or not self._is_in_place()
+
+    def _is_done(self, shard: int) -> bool:
+        if shard not in self._done and self._journal.record(shard) is not None:
+            self._done.add(shard)
+        return shard in self._done
+
+    def finish(self, edit: Callable[[CacheDraft], None]) -> Manifest:
+        """Make the result visible: features, then what `edit` adds to the draft, then the manifest.
+
+        Waits for the shards and the finishing of other processes; whoever comes later than the first finds
+        the work done, and `edit` sees it in the draft.
 
         Raises:
-            DataError: an image_id that the cache knows with another name, size or namespace.
+            CacheError: a shard is not done, since it was neither committed by us nor by anybody else.
         """
-        rows: dict[int, int] = {}
-        self._next_row = self._whole_shards(self._next_row)
-        for record in images:
-            known = self._images.get(record.image_id)
-            if known is not None:
-                _require_same_image(known, record, namespace)
-                is_written = known.row // self.shard_rows not in self._unwritten
-                if not (retry_quarantined and known.is_quarantined and is_written):
-                    continue
-            rows[record.image_id] = self._next_row
-            self._images[record.image_id] = CachedImage(
-                **asdict(record), namespace=namespace, row=self._next_row, sha256=None, reason=None
-            )
-            self._unwritten.add(self._next_row // self.shard_rows)
-            self._next_row += 1
-        return rows
-
-    def record_file(self, image_id: int, sha256: str) -> None:
-        """Record the digest of an image's file, or check it against the one recorded.
-
-        Raises:
-            DataError: the cache was made from another file.
-        """
-        image = self._image(image_id)
-        if image.sha256 not in (None, sha256):
-            raise DataError(
-                f"Image {image_id} ({image.file_name}) has SHA-256 {sha256}, but {self._root} was made from "
-                f"a file with {image.sha256}. Restore that file, or extract into another directory.",
-                image_id=image_id,
-                expected=image.sha256,
-                found=sha256,
-            )
-        self._images[image_id] = replace(image, sha256=sha256)
-
-    def quarantine(self, image_id: int, reason: str) -> None:
-        """Leave an image without features, for a reason; before its shard is written.
-
-        Raises:
-            ConfigError: its shard is written already.
-        """
-        image = self._image(image_id)
-        if image.row // self.shard_rows not in self._unwritten:
-            raise ConfigError(
-                f"Image {image_id} cannot be quarantined: its shard is written. Do it before `write_shard`.",
-                image_id=image_id,
-            )
-        self._images[image_id] = replace(image, reason=reason)
-
-    def shard_images(self, shard_index: int) -> list[CachedImage]:
-        """Return the images of a shard that this extraction writes, by row."""
-        first = shard_index * self.shard_rows
-        in_shard = (image for image in self._images.values() if first <= image.row < first + self.shard_rows)
-        return sorted(in_shard, key=lambda image: image.row)
-
-    def write_shard(self, shard_index: int, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Write the features of one shard whole.
-
-        Args:
-            arrays: float[n, ...] of every array, row i of the i-th image of `shard_images`; rows of
-                quarantined images are not looked at.
-
-        Raises:
-            NonFiniteError: with `image_id`; nothing was written, so the image can be quarantined and the
-                shard written again.
-            ConfigError: not a shard of this extraction, or an image without a recorded file.
-            ShapeError: arrays that do not fit.
-        """
-        if shard_index not in self._unwritten:
-            raise ConfigError(
-                f"Shard {shard_index} is not waiting to be written; waiting: {sorted(self._unwritten)}.",
-                shard_index=shard_index,
-            )
-        images = self.shard_images(shard_index)
-        for image in images:
-            if image.sha256 is None and not image.is_quarantined:
-                raise ConfigError(
-                    f"Image {image.image_id} has no file digest; call `record_file` before `write_shard`.",
-                    image_id=image.image_id,
-                )
-        valid = np.array([not image.is_quarantined for image in images])
-        try:
-            digests = self._shards.write_shard(shard_index, arrays, valid)
-        except NonFiniteError as error:
-            image_id = images[int(str(error.facts["row"])) - shard_index * self.shard_rows].image_id
-            raise NonFiniteError(f"Image {image_id}: {error}", **error.facts, image_id=image_id) from error
-        for relative, digest in digests.items():
-            self._files[f"{files.FEATURES_NAME}/{relative}"] = FileEntry.of(digest)
-        self._unwritten.remove(shard_index)
-
-    def write_tables(
-        self,
-        name: str,
-        expressions: Sequence[ExpressionRecord],
-        instances: Iterable[InstanceRecord],
-        *,
-        clip_category_ids: Sequence[int],
-        category_set: str,
-    ) -> None:
-        """Add splits of a dataset to its tables.
-
-        Args:
-            name: `<dataset>.<split_by>`.
-            expressions: every expression of the splits to add, in the order of the annotation file.
-            instances: at least every target; instances that the table has are kept.
-            clip_category_ids: predicted category of each expression, raw COCO id or -1.
-            category_set: name of the set that the category ids belong to.
-
-        Raises:
-            DataError: a split or instance that the tables have with other content, an expression whose image
-                was never added, or a target that is no instance.
-        """
-        if not manifest.is_safe_name(name):
-            raise ConfigError(f"{name!r} cannot be the name of a table; it becomes a file name.", name=name)
-        expressions_path, instances_path = f"expressions/{name}.parquet", f"instances/{name}.parquet"
-        all_expressions = tables.expressions_table(expressions, clip_category_ids)
-        all_instances = tables.instances_table(instances)
-        if name in self._datasets:
-            known_expressions = self._read_known(expressions_path, tables.EXPRESSIONS)
-            all_expressions = merge_expressions(name, known_expressions, all_expressions)
-            all_instances = merge_instances(
-                name, self._read_known(instances_path, tables.INSTANCES), all_instances
-            )
-        known_ann_ids = set(all_instances.column("ann_id").to_pylist())
-        for expression in expressions:
-            self._image(expression.image_id)
-            if not known_ann_ids.issuperset(expression.ann_ids):
-                raise DataError(
-                    f"{name}: ref {expression.ref_id} targets {expression.ann_ids}, of which some are no "
-                    "instances of the dataset. Check that refs and instances.json belong together.",
-                    ref_id=expression.ref_id,
-                    ann_ids=expression.ann_ids,
-                )
-        self._changed[expressions_path] = tables.table_bytes(all_expressions)
-        self._changed[instances_path] = tables.table_bytes(all_instances)
-        self._datasets[name] = DatasetEntry(category_set=category_set, splits=count_splits(all_expressions))
-
-    def write_categories(self, name: str, categories: CategorySet) -> None:
-        """Add a category set; one that the cache has by this name is kept, embeddings too.
-
-        Raises:
-            DataError: the cache has other categories by this name.
-        """
-        if not manifest.is_safe_name(name):
-            raise ConfigError(f"{name!r} cannot name a category set; it becomes a file name.", name=name)
-        paths = (f"categories/{name}.safetensors", f"categories/{name}.json")
-        if name not in self._category_sets:
-            self._changed.update(zip(paths, tables.category_set_files(categories), strict=True))
-            self._category_sets.append(name)
-            self._new_category_sets[name] = categories
-            return
-        known = self._new_category_sets.get(name) or tables.read_category_set(
-            *(self._root / path for path in paths)
-        )
-        if (known.ids, known.names, known.template) != (
-            categories.ids,
-            categories.names,
-            categories.template,
-        ):
-            raise DataError(
-                f"{self._root} holds a category set {name!r} with other ids, names or prompt template. Give "
-                "this one another name, or extract into another directory.",
-                name=name,
-            )
-
-    def write_sam_heads(self, tensors: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Add the weights of SAM's prompt encoder and mask decoder; those that the cache has are kept."""
-        if files.SAM_HEADS_NAME not in self._files:
-            contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-            self._changed[files.SAM_HEADS_NAME] = safetensors.numpy.save(contiguous)
-
-    def finish(self) -> Manifest:
-        """Write what changed, then the manifest; from here on the cache is usable.
-
-        Raises:
-            IncompleteCacheError: shards are still unwritten, or a dataset's category set is.
-        """
-        missing = {entry.category_set for entry in self._datasets.values()}.difference(self._category_sets)
-        if self._unwritten or missing:
-            raise IncompleteCacheError(
-                f"{self._root} cannot be finished: unwritten shards {sorted(self._unwritten)}, missing "
-                f"category sets {sorted(missing)}. Run `ris extract` again.",
-                path=self._root,
-                shards=sorted(self._unwritten),
-                category_sets=sorted(missing),
-            )
-        rows = self._whole_shards(self._next_row)
-        self._changed[files.IMAGES_NAME] = tables.table_bytes(tables.images_table(self._images.values()))
-        for relative, content in self._shards.resized_metadata(rows).items():
-            self._changed[f"{files.FEATURES_NAME}/{relative}"] = content
-        files.discard_pending(self._root)
-        pending = self._root / files.PENDING_NAME
-        for relative, content in self._changed.items():
-            files.write_atomically(pending / relative, content)
-            self._files[relative] = FileEntry.of(files.sha256_file(pending / relative))
-        num_quarantined = sum(image.is_quarantined for image in self._images.values())
-        finished = self._draft.model_copy(
-            update={
-                "rows": rows,
-                "images": ImageCounts(ok=len(self._images) - num_quarantined, quarantined=num_quarantined),
-                "datasets": self._datasets,
-                "category_sets": tuple(self._category_sets),
-                "files": dict(sorted(self._files.items())),
-            }
-        )
-        files.write_atomically(pending / files.MANIFEST_NAME, finished.to_json())
-        files.commit_pending(self._root)
-        (self._root / files.MARKER_NAME).unlink(missing_ok=True)
-        self._changed.clear()
+        with FileLock(self._root / files.LOCK_NAME):
+            draft = CacheDraft.begin(self._root, self._recipe)
+            is_ours_to_finish = self._plan is not None and self._is_in_place()
+            if is_ours_to_finish:
+                self._add_shards(draft)
+            edit(draft)
+            finished = draft.commit()
+            if is_ours_to_finish or not self._journal.exists:
+                self._remove_leftovers(finished)
+                self._journal.discard()
+        self.close()
         return finished
 
-    def _whole_shards(self, rows: int) -> int:
-        return -(-rows // self.shard_rows) * self.shard_rows
+    def close(self) -> None:
+        """End this process's part; what it committed stays."""
+        if self._activity is not None:
+            self._activity.release()
 
-    def _image(self, image_id: int) -> CachedImage:
-        if image_id not in self._images:
-            raise CacheMissError(
-                f"Image {image_id} was never added to {self._root}; call `add_images` first.",
-                image_id=image_id,
+    def _is_in_place(self) -> bool:
+        return self._plan is not None and self._journal.identity() == self._identity
+
+    def _add_shards(self, draft: CacheDraft) -> None:
+        for shard, planned in self._shards.items():
+            record = self._journal.record(shard)
+            if record is None:
+                raise CacheError(
+                    f"Shard {shard} of {self._root} is not done. Run the command again to compute it.",
+                    path=self._root,
+                    shard=shard,
+                )
+            recorded = {image.image_id: image for image in record.images}
+            draft.add_shard(
+                shard,
+                record.files,
+                [
+                    CachedImage(
+                        **image.model_dump(),
+                        sha256=recorded[image.image_id].sha256,
+                        reason=recorded[image.image_id].reason,
+                        crc32c=recorded[image.image_id].crc32c,
+                    )
+                    for image in planned
+                ],
             )
-        return self._images[image_id]
 
-    def _read_known(self, relative: str, schema: Any) -> Any:
-        changed = self._changed.get(relative)
-        return tables.read_table(self._root / relative if changed is None else BytesIO(changed), schema)
+    def _remove_leftovers(self, finished: Manifest) -> None:
+        """Remove what cut-off processes left: temporary files, and shards of a plan that was given up."""
+        listed = finished.shard_files()
+        features = tuple(f"{name}/" for name in files.FEATURE_DIRECTORIES)
+        left = [
+            relative
+            for relative in files.all_files(self._root)
+            if files.is_temporary(relative)
+            or (relative.startswith(features) and relative not in listed and "zarr.json" not in relative)
+        ]
+        files.remove_files(self._root, left)
 
 
-def _require_same_image(known: CachedImage, record: ImageRecord, namespace: str) -> None:
+def require_same_image(known: CachedImage, record: ImageRecord, namespace: str, root: Path) -> None:
+    """Refuse an image that the cache knows with another name, size or namespace.
+
+    Raises:
+        DataError: naming both.
+    """
     expected = (known.namespace, known.file_name, known.height, known.width)
     found = (namespace, record.file_name, record.height, record.width)
     if expected != found:
         raise DataError(
             f"Image {record.image_id} is {found} here, but {expected} (namespace, file, height, width) in "
-            "the cache. One cache holds one image per image_id: extract into another directory.",
+            f"{root}. One cache holds one image per image_id: extract into another directory.",
             image_id=record.image_id,
             expected=expected,
             found=found,
         )
+
+
+def _require_cache_directory(root: Path) -> None:
+    if root.exists() and not root.is_dir():
+        raise ConfigError(f"{root} is a file; name a directory for the cache.", path=root)
+    own = {files.MANIFEST_NAME, files.LOCK_NAME, files.EXTRACTION_NAME}
+    if root.exists() and any(root.iterdir()) and not any((root / name).exists() for name in own):
+        raise ConfigError(
+            f"{root} holds files but no feature cache. Name a new or empty directory for the cache; nothing "
+            "was changed.",
+            path=root,
+        )
+
+
+def load_base(root: Path) -> Manifest | None:
+    """Return the manifest of the cache in `root`; None if there is no finished one."""
+    return manifest.load_manifest(root) if (root / files.MANIFEST_NAME).exists() else None
+
+
+def _require_same_making(root: Path, recipe: Recipe, base: Manifest | None, journal: Journal) -> None:
+    interrupted = journal.read_plan()
+    found = base or interrupted
+    if found is None:
+        return
+    stored = Fingerprint.of(found.fingerprint.fields)
+    require_match(recipe.fingerprint, stored, where=str(root))
+    if (found.backend, found.shard_rows) != (recipe.backend, recipe.shard_rows):
+        raise CacheError(
+            f"{root} is stored as {found.backend} in shards of {found.shard_rows}, not as {recipe.backend} "
+            f"in shards of {recipe.shard_rows}. Leave these options out to add to it, or name another "
+            "directory.",
+            path=root,
+            expected=(recipe.backend, recipe.shard_rows),
+            found=(found.backend, found.shard_rows),
+        )
+
+
+def _plan_in_place(journal: Journal, base: Manifest | None) -> Plan | None:
+    """Return the plan that is still to be carried out."""
+    plan = journal.read_plan()
+    if plan is None or plan.base == (base.digest if base else None):
+        return plan
+    # Its manifest is in place: whoever finished it was cut off before it could remove the journal.
+    journal.discard()
+    return None
+
+
+def _asks_for(plan: Plan, request: Mapping[str, Any], wanted: Sequence[NewImage]) -> bool:
+    if plan.request != request:
+        return False
+    planned = {image.image_id for image in plan.images}
+    return {image.image_id for image in wanted} <= planned
+
+
+def _make_plan(
+    recipe: Recipe,
+    base: Manifest | None,
+    wanted: Sequence[NewImage],
+    *,
+    purpose: str,
+    request: Mapping[str, Any],
+    after: tuple[Plan, Journal] | None = None,
+) -> Plan:
+    kept: list[PlannedImage] = []
+    taken: set[int] = set()
+    if after is not None:
+        old_plan, journal = after
+        shards = old_plan.shards()
+        taken = journal.committed(shards)
+        kept = [image for shard in sorted(taken) for image in shards[shard]]
+    known = {image.image_id for image in kept}
+    images = [image for image in wanted if image.image_id not in known]
+    rows = assign_rows(
+        len(images), first_row=base.rows if base else 0, shard_rows=recipe.shard_rows, taken=taken
+    )
+    planned = [
+        PlannedImage(
+            image_id=image.image_id,
+            namespace=image.namespace,
+            row=row if image.row is None else image.row,
+            file_name=image.file_name,
+            height=image.height,
+            width=image.width,
+        )
+        for image, row in zip(images, rows, strict=True)
+    ]
+    return Plan(
+        version=1,
+        purpose=purpose,
+        request=dict(request),
+        fingerprint=StoredFingerprint(digest=recipe.fingerprint.digest, fields=recipe.fingerprint.fields),
+        backend="hdf5" if recipe.backend == "hdf5" else "zarr",
+        dtype=recipe.dtype,
+        arrays=tuple(ArrayEntry.of(array) for array in recipe.arrays),
+        shard_rows=recipe.shard_rows,
+        base=base.digest if base else None,
+        images=tuple(sorted((*kept, *planned), key=lambda image: image.row)),
+    )
+
+
+def _described(request: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in request.items())

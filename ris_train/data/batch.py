@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ris_cache.store.cache import CategorySet, FeatureCache
+from ris_cache.store.cache import CategorySet, FeatureBatch, FeatureCache
 from ris_train.config import RunConfig
 from ris_train.data.masks import TargetMasks
 from ris_train.data.samples import Sample
@@ -75,10 +75,11 @@ class BatchBuilder:
     def inputs(self, samples: Sequence[Sample]) -> ModelInputs:
         """Read the features of the samples and cut their expressions."""
         features = self._cache.read([sample.image_id for sample in samples])
+        decoded = self._decoded(features)
         token_ids, text_mask = self._tokenizer.encode([sample.text for sample in samples])
         return ModelInputs(
-            image_embeddings=self._float(features.sam),
-            clip_features=self._float(features.clip),
+            image_embeddings=decoded["sam"],
+            clip_features=decoded["clip"],
             token_ids=self._move(token_ids),
             text_mask=self._move(text_mask),
             category_embeddings=self._categories(samples),
@@ -120,6 +121,12 @@ class BatchBuilder:
         ]
         rows = [self._category_row[category_id] for category_id in ids]
         return self._move(self._category_embeddings[rows])
+
+    def _decoded(self, features: FeatureBatch) -> dict[str, Tensor]:
+        """Decode features to float32 on the device: on the CPU with numpy, as `_float` explains."""
+        if self._device.type == "cpu":
+            return {name: torch.from_numpy(array) for name, array in features.decoded().items()}
+        return features.to(self._device)
 
     def _float(self, array: npt.NDArray[Any]) -> Tensor:
         """Make a float32 tensor on the device.

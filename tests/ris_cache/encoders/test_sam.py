@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from ris_cache.encoders.sam import SamParts, build_sam, encode_sam, load_sam
+from ris_cache.encoders import sam as sam_module
+from ris_cache.encoders.sam import SamParts, attend_by_head, attend_folded, build_sam, encode_sam, load_sam
 from ris_cache.encoders.spec import PAPER, TINY
 from ris_cache.encoders.weights import FileWeights, RandomWeights
 from ris_cache.errors import ShapeError, WeightsError
@@ -112,6 +114,103 @@ def test_a_batch_equals_its_images_one_by_one(tiny: SamParts, pixels: torch.Tens
     together = encode_sam(tiny.image_encoder, pixels)
     apart = torch.cat([encode_sam(tiny.image_encoder, image[None]) for image in pixels])
     assert relative_error(together, apart) < 1e-5
+
+
+def attention_inputs(
+    height: int, width: int, *, num_heads: int, head_width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v [2, heads, H·W, D] and tables of offsets [2H - 1, D], [2W - 1, D], large enough to matter."""
+    generator = torch.Generator().manual_seed(height * 100 + width)
+    qkv = torch.randn(3, 2, num_heads, height * width, head_width, generator=generator)
+    row_table = 0.5 * torch.randn(2 * height - 1, head_width, generator=generator)
+    col_table = 0.5 * torch.randn(2 * width - 1, head_width, generator=generator)
+    return *qkv.unbind(), row_table, col_table
+
+
+def by_offset(table: torch.Tensor) -> torch.Tensor:
+    """Entry [q, k] is the table's row of offset q - k, written as a loop."""
+    size = (len(table) + 1) // 2
+    return torch.stack([torch.stack([table[q - k + size - 1] for k in range(size)]) for q in range(size)])
+
+
+def library_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    row_table: torch.Tensor,
+    col_table: torch.Tensor,
+    size: tuple[int, int],
+) -> torch.Tensor:
+    """What segment_anything computes between its two projections, in the dtype of the inputs."""
+    from segment_anything.modeling.image_encoder import add_decomposed_rel_pos
+
+    flat_q, flat_k = q.flatten(0, 1), k.flatten(0, 1)
+    logits = (flat_q * q.shape[-1] ** -0.5) @ flat_k.transpose(1, 2)
+    logits = add_decomposed_rel_pos(logits, flat_q, row_table, col_table, size, size)
+    return (logits.softmax(dim=-1) @ v.flatten(0, 1)).view_as(q)
+
+
+@pytest.mark.parametrize("attend", [attend_by_head, attend_folded])
+@pytest.mark.parametrize(
+    ("height", "width", "num_heads", "head_width"),
+    [(14, 14, 12, 64), (16, 16, 4, 32), (7, 7, 4, 32), (3, 5, 2, 8), (1, 1, 1, 4)],
+)
+def test_both_ways_to_attend_equal_the_librarys(
+    attend: Callable[..., torch.Tensor], height: int, width: int, num_heads: int, head_width: int
+) -> None:
+    *qkv, row_table, col_table = attention_inputs(height, width, num_heads=num_heads, head_width=head_width)
+    exact = library_attention(
+        *(x.double() for x in (*qkv, row_table, col_table)), (height, width)
+    )  # in float64, so that the error found is ours
+    found = attend(*qkv, by_offset(row_table), by_offset(col_table))
+    assert relative_error(found.double(), exact) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [14, 24])
+def test_folding_loses_no_more_in_half_precision_than_a_bias(dtype: torch.dtype, size: int) -> None:
+    *qkv, row_table, col_table = attention_inputs(size, size, num_heads=4, head_width=64)
+    rows, cols = by_offset(row_table), by_offset(col_table)
+    # Rounded inputs for both, so that only what happens inside is compared.
+    qkv, rows, cols = [x.to(dtype) for x in qkv], rows.to(dtype), cols.to(dtype)
+    exact = attend_by_head(*(x.double() for x in (*qkv, rows, cols)))
+    errors = {
+        attend.__name__: ((attend(*qkv, rows, cols).double() - exact).norm() / exact.norm()).item()
+        for attend in (attend_by_head, attend_folded)
+    }
+    assert errors["attend_folded"] < errors["attend_by_head"]
+    assert errors["attend_folded"] < {torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+
+
+@pytest.mark.parametrize(
+    ("arithmetic", "expected"),
+    [(None, "attend_by_head"), (torch.float16, "attend_folded"), (torch.bfloat16, "attend_folded")],
+)
+def test_the_cpu_takes_the_faster_way_for_its_arithmetic(
+    tiny: SamParts,
+    pixels: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    arithmetic: torch.dtype | None,
+    expected: str,
+) -> None:
+    taken = []
+    for name, attend in (("attend_by_head", attend_by_head), ("attend_folded", attend_folded)):
+
+        def record(*arguments: torch.Tensor, name: str = name, attend: Callable[..., torch.Tensor] = attend):
+            taken.append(name)
+            return attend(*arguments)
+
+        monkeypatch.setattr(sam_module, name, record)
+    with torch.autocast("cpu", dtype=arithmetic, enabled=arithmetic is not None):
+        encode_sam(tiny.image_encoder, pixels)
+    assert taken == [expected] * TINY.sam.depth
+
+
+def test_the_folded_way_encodes_as_the_library_does(
+    tiny: SamParts, pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sam_module, "attend_by_head", attend_folded)
+    assert relative_error(encode_sam(tiny.image_encoder, pixels), tiny.image_encoder(pixels)) < 1e-5
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 64, 64), (3, 128, 128), (1, 1, 128, 128)])

@@ -1,0 +1,1 @@
+"""The layouts that `benchmarks/store.py` compares, one module per kind."""

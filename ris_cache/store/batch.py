@@ -1,0 +1,124 @@
+"""One batch of features, as it comes out of a cache.
+
+Axes: B images, C channels, P side of SAM's embedding grid, N CLIP patch tokens, D their width, E CLIP's joint
+width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ris_cache.store.layout import Array, StoredArray
+from ris_cache.store.precision import decode, decode_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FeatureBatch:
+    """Features of B images, as the cache stores them.
+
+    Attributes:
+        image_ids: int64[B]; row i of every array belongs to image_ids[i].
+        dtype: of the cache: float16 and float32 are stored as they are; bfloat16 as uint16 of the same bits;
+            int8 as codes, with scales in further arrays.
+        stored: [B, ...] of every stored array by name.
+        copies: events of copies to a GPU that may still read the arrays; views share them.
+    """
+
+    image_ids: npt.NDArray[np.int64]
+    dtype: str
+    stored: dict[str, Array]
+    copies: list[Any] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def allocate(
+        cls, arrays: Iterable[StoredArray], batch_size: int, *, dtype: str, pinned: bool
+    ) -> FeatureBatch:
+        """Make buffers for a batch.
+
+        Args:
+            pinned: in page-locked memory; needs torch and a GPU.
+        """
+        return cls(
+            image_ids=np.zeros(batch_size, np.int64),
+            dtype=dtype,
+            stored={
+                array.name: _buffer((batch_size, *array.shape), array.numpy_dtype, pinned=pinned)
+                for array in arrays
+            },
+        )
+
+    def __len__(self) -> int:
+        """B."""
+        return len(self.image_ids)
+
+    @property
+    def sam(self) -> npt.NDArray[Any]:
+        """[B, C, P, P], SAM's image embeddings on the squashed input frame, as stored."""
+        return self.stored["sam"]
+
+    @property
+    def clip(self) -> npt.NDArray[Any]:
+        """[B, N, D], CLIP's patch tokens, row by row over its grid, as stored."""
+        return self.stored["clip"]
+
+    @property
+    def clip_pooled(self) -> npt.NDArray[Any]:
+        """[B, E], CLIP's projected image embedding, as stored."""
+        return self.stored["clip_pooled"]
+
+    def first(self, size: int) -> FeatureBatch:
+        """Return the first `size` images, as views of the same memory."""
+        return FeatureBatch(
+            image_ids=self.image_ids[:size],
+            dtype=self.dtype,
+            stored={name: array[:size] for name, array in self.stored.items()},
+            copies=self.copies,
+        )
+
+    def wait_for_copies(self) -> None:
+        """Wait until no copy that `to` started reads the arrays; they may be overwritten then."""
+        while self.copies:
+            self.copies.pop().synchronize()
+
+    def decoded(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Return `sam`, `clip` and `clip_pooled` as float32, whatever they are stored as."""
+        return decode(self.dtype, self.stored)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """Return `sam`, `clip` and `clip_pooled` as tensors on a device.
+
+        The stored bytes travel, and are decoded there: half as many for int8 as for float16. From pinned
+        buffers the copy goes on in the background: call `wait_for_copies` before overwriting them, as
+        `FeatureCache.prefetch` does.
+
+        Args:
+            dtype: float32 by default.
+        """
+        import torch
+
+        moved = {
+            name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in self.stored.items()
+        }
+        if any(tensor.is_cuda for tensor in moved.values()):
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            self.copies.append(event)
+        return decode_tensors(self.dtype, moved, to=dtype or torch.float32)
+
+
+def _buffer(shape: tuple[int, ...], dtype: np.dtype[Any], *, pinned: bool) -> Array:
+    if not pinned:
+        return np.zeros(shape, dtype)
+    import torch
+
+    num_bytes = int(np.prod(shape)) * dtype.itemsize
+    flat: Array = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+    return flat.view(dtype).reshape(shape)
