@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli import data, demo, doctor, evaluate, extract, guard, params, predict, train
+from cli import cache, data, demo, doctor, evaluate, extract, guard, params, predict, train
 
 app = typer.Typer(
     name="ris",
@@ -18,6 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(data.app, name="data")
+app.add_typer(cache.app, name="cache")
 app.command("extract")(guard.guarded(extract.extract))
 app.command("train")(guard.guarded(train.train))
 app.command("eval")(guard.guarded(evaluate.evaluate))

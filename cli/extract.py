@@ -100,6 +100,7 @@ def extract(
     from ris_cache.datasets import parse_selections
 
     selections = parse_selections(split)
+    _require_layout(store, dtype)
     if not data.is_dir():  # before any weights are looked for or downloaded
         raise DataError(f"There is no data root at {data}. Name one with --data or $RIS_DATA.", path=data)
     encoders = load_encoders(
@@ -154,6 +155,15 @@ def extract(
         typer.echo(f"note: {warning}", err=True)
     if int(os.environ.get("RANK", "0")) == 0:  # one of the processes of torchrun speaks for all
         _print_report(cache, report, json=json)
+
+
+def _require_layout(store: str | None, dtype: str | None) -> None:
+    from ris_cache.store.backends import BACKENDS
+    from ris_cache.store.precision import DTYPES
+
+    for option, value, known in (("--store", store, tuple(BACKENDS)), ("--dtype", dtype, DTYPES)):
+        if value is not None and value not in known:
+            raise ConfigError(f"Unknown {option} {value!r}; there are {', '.join(known)}.", value=value)
 
 
 def load_encoders(

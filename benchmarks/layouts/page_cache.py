@@ -12,6 +12,8 @@ import numpy as np
 
 from ris_cache.errors import ConfigError
 
+_BLOCK_BYTES = 8 << 20
+
 
 def files_below(directory: Path) -> list[Path]:
     """Return every file of a directory tree."""
@@ -60,6 +62,16 @@ def resident_share(paths: Iterable[Path]) -> float:
             resident += int(np.count_nonzero(flags & 1))
             total += len(flags)
     return resident / total if total else 1.0
+
+
+def fill(paths: Iterable[Path]) -> None:
+    """Bring files into the page cache whole, where they are not; some systems evict what lies idle."""
+    block = memoryview(bytearray(_BLOCK_BYTES))
+    for path in paths:
+        if resident_share([path]) < 1:
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(block):
+                    pass
 
 
 def _pages_in_memory(path: Path) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

@@ -116,8 +116,8 @@ def warm_notes(results: Iterable[Warm]) -> list[str]:
         "ratio: the ceiling's time over the layout's for the same images; rounds: its range; GB/s: bytes as",
         "stored; first pass: images/s of a new reader, opening included; write: float16, until on the disk.",
         *(
-            f"Not warm: only {warm.resident:.0%} of the files of {warm.name} were still in the page cache. "
-            "Take fewer --images, or fewer layouts with --only."
+            f"Not warm: only {warm.resident:.0%} of the files of {warm.name} or of the ceiling were still in "
+            "the page cache after a round. Take fewer --images, or fewer layouts with --only."
             for warm in evicted
         ),
     ]

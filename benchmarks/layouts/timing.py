@@ -2,7 +2,7 @@
 
 Ratios are taken between neighbours in time: every batch is read through the ceiling and through the layout,
 one right after the other and in alternating order, so a machine that slows down slows both. The page cache
-holds all files: each reader has read, and proved, every image once before the first round.
+holds the files of both when a round begins, and each reader has read every image before the first one.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from layouts.contract import Array, Batch, Features, Layout, Read
 from layouts.flat import FLAT
-from layouts.page_cache import files_below, resident_share, write_back
+from layouts.page_cache import files_below, fill, resident_share, write_back
 from ris_cache.errors import RisError
 from ris_cache.vision_imports import ensure_torchvision
 
@@ -51,7 +52,8 @@ class Warm:
         first_pass: images per second when a new reader reads all images once, opening it included.
         write_gb_per_s: bytes of the drawn features over the seconds until all files are on the disk.
         size: bytes of the files over those of the drawn features.
-        resident: share of the files in the page cache after the rounds; below 1 the figures are not warm.
+        resident: smallest share of the files, and of the ceiling's, that was still in the page cache after a
+            round; below 1 that round was not warm.
     """
 
     name: str
@@ -66,6 +68,14 @@ class Warm:
     write_gb_per_s: float = 0.0
     size: float = 0.0
     resident: float = 0.0
+
+
+class _Round(NamedTuple):
+    """Seconds of the ceiling and of a layout, and the share of their files in the page cache afterwards."""
+
+    ceiling: float
+    own: float
+    resident: float
 
 
 def why_missing(layout: Layout) -> str | None:
@@ -154,16 +164,20 @@ def measure(
         readers[layout.name] = read
     ceiling = FLAT.open(written[FLAT.directory].directory, features, batch_size)
     prove(FLAT, ceiling, features, proof_batches)
-    seconds: dict[str, list[tuple[float, float]]] = {layout.name: [] for layout in present}
+    ceiling_paths = files_below(written[FLAT.directory].directory)
+    rounds_of: dict[str, list[_Round]] = {layout.name: [] for layout in present}
     for _ in range(rounds):
         batches = draw_batches(features.num_images, batch_size, generator)
         for layout in present:
-            seconds[layout.name].append(_timed_round(ceiling, readers[layout.name], batches))
+            paths = files_below(written[layout.directory].directory)
+            fill([*ceiling_paths, *paths])
+            timed = _timed_round(ceiling, readers[layout.name], batches)
+            rounds_of[layout.name].append(_Round(*timed, resident=resident_share([*ceiling_paths, *paths])))
     readers.clear()
     del ceiling, read
     gc.collect()  # memory maps close with their last view; none may be left when the cache is dropped
     return [
-        _summary(layout, features, written[layout.directory], seconds[layout.name], first_pass[layout.name])
+        _summary(layout, features, written[layout.directory], rounds_of[layout.name], first_pass[layout.name])
         if missing[layout.name] is None
         else Warm(name=layout.name, description=layout.description, missing=missing[layout.name])
         for layout in layouts
@@ -186,11 +200,11 @@ def _summary(
     layout: Layout,
     features: Features,
     written: Written,
-    seconds: Sequence[tuple[float, float]],
+    rounds: Sequence[_Round],
     first_pass: float,
 ) -> Warm:
-    ratios = [ceiling / own for ceiling, own in seconds]
-    images_per_s = features.num_images / statistics.median(own for _, own in seconds)
+    ratios = [one.ceiling / one.own for one in rounds]
+    images_per_s = features.num_images / statistics.median(one.own for one in rounds)
     return Warm(
         name=layout.name,
         description=layout.description,
@@ -202,7 +216,7 @@ def _summary(
         first_pass=features.num_images / first_pass,
         write_gb_per_s=features.num_bytes / written.seconds / 1e9,
         size=written.num_bytes / features.num_bytes,
-        resident=resident_share(files_below(written.directory)),
+        resident=min(one.resident for one in rounds),
     )
 
 

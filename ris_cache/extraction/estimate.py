@@ -15,10 +15,10 @@ from ris_cache.extraction.pipeline import BufferPool, Pipeline
 from ris_cache.extraction.run import Layout, default_workers, make_recipe
 from ris_cache.extraction.sources import Sources, load_sources
 from ris_cache.store.draft import Recipe
-from ris_cache.store.journal import Journal, PlannedImage
+from ris_cache.store.journal import Journal, Plan, PlannedImage
 from ris_cache.store.manifest import Manifest
 from ris_cache.store.tables import IMAGES, CachedImage, read_images, read_table
-from ris_cache.store.writer import load_base
+from ris_cache.store.writer import is_carried_out, load_base, require_same_making
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,8 +74,9 @@ def estimate(
     """
     sources = load_sources(selections, data_root, limit=limit)
     recipe = make_recipe(encoders, cache_root, layout)
-    manifest = load_base(cache_root)
-    known = _known_images(cache_root, manifest)
+    manifest, plan = load_base(cache_root), Journal(cache_root).read_plan()
+    require_same_making(cache_root, recipe, manifest, plan)
+    known = _known_images(cache_root, manifest, plan)
     wanted = [image.image_id for image in sources.needing_features(known, cache_root)]
     new_texts, new_categories = _new_texts(sources, manifest)
     speed = _measure(sources, wanted, recipe, encoders, batch_size)
@@ -97,16 +98,16 @@ def estimate(
     )
 
 
-def _known_images(cache_root: Path, manifest: Manifest | None) -> dict[int, CachedImage]:
+def _known_images(
+    cache_root: Path, manifest: Manifest | None, plan: Plan | None
+) -> dict[int, CachedImage]:
     known: dict[int, CachedImage] = {}
     if manifest is not None:
         table = read_table(cache_root / manifest.images.file, IMAGES)
         known = {image.image_id: image for image in read_images(table)}
-    journal = Journal(cache_root)
-    plan = journal.read_plan()
-    if plan is not None and plan.base == (manifest.digest if manifest else None):
+    if plan is not None and not is_carried_out(plan, cache_root, manifest):
         shards = plan.shards()
-        for record in journal.records(sorted(shards)):
+        for record in Journal(cache_root).records(sorted(shards)):
             recorded = {image.image_id: image for image in record.images}
             for image in shards[record.shard]:
                 found = recorded[image.image_id]

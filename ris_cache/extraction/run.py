@@ -147,9 +147,7 @@ def extract(
     def choose(known: Mapping[int, CachedImage]) -> list[NewImage]:
         if strict:
             sources.require_readable(known)
-        wanted = sources.needing_features(known, cache_root)
-        _require_space(cache_root, len(wanted), recipe)
-        return wanted
+        return sources.needing_features(known, cache_root)
 
     writer = CacheWriter.open(
         cache_root,
@@ -177,7 +175,9 @@ def extract(
         draft.write_sam_heads({name: tensor.numpy() for name, tensor in encoders.sam_heads().items()})
 
     with contextlib.closing(writer), _full_disk_explained(cache_root):
-        added = _compute(writer, pipeline, recipe, watcher, should_stop)
+        num_left = sum(len(images) for images in writer.shards.values()) - writer.num_committed
+        _require_space(cache_root, num_left, recipe)
+        added = compute_features(writer, pipeline, recipe, watcher, should_stop)
         manifest = writer.finish(edit)
     return _report(manifest, sources, cache_root, added)
 
@@ -204,14 +204,25 @@ def make_recipe(encoders: FrozenEncoders, cache_root: Path, layout: Layout) -> R
     )
 
 
-def _compute(
+def compute_features(
     writer: CacheWriter,
     pipeline: Pipeline,
     recipe: Recipe,
     progress: Progress,
     should_stop: Callable[[], bool],
 ) -> int:
-    """Compute shards until all are done, by whichever process; returns how many images this one did."""
+    """Compute and commit shards until all are done, by whichever process.
+
+    Args:
+        writer: open, not yet finished.
+        pipeline: for the images of the plan.
+
+    Returns:
+        How many images this process computed.
+
+    Raises:
+        StoppedError: `should_stop` said so.
+    """
     total = sum(len(images) for images in writer.shards.values())
     progress.start(total=total, done=writer.num_committed)
     num_added = 0

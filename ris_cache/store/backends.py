@@ -163,7 +163,7 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> FileDigest:
 
 def damaged(path: Path, problem: str, **facts: object) -> CorruptShardError:
     """Return the error for a file that contradicts the format; `problem` continues its name."""
-    return CorruptShardError(f"{path} {problem}. {_RESTORE}", path=path, **facts)
+    return CorruptShardError(f"{path} {problem}. {_RESTORE}", path=path, problem=problem, **facts)
 
 
 def unreadable(path: Path, error: OSError, **facts: object) -> CacheError:

@@ -79,7 +79,7 @@ class FeatureCache:
         """
         require_integrity(integrity)
         root = Path(root).absolute()
-        manifest = _load_manifest(root)
+        manifest = find_manifest(root)
         _require_files(root, manifest)
         content = _read_file(root, manifest, manifest.images.file, integrity)
         table = tables.read_table(BytesIO(content), tables.IMAGES, name=root / manifest.images.file)
@@ -324,7 +324,12 @@ def _reopen(root: Path, integrity: Integrity) -> FeatureCache:
     return FeatureCache.open(root, integrity=integrity)
 
 
-def _load_manifest(root: Path) -> Manifest:
+def find_manifest(root: Path) -> Manifest:
+    """Return the manifest of a finished cache, or say what the directory is instead.
+
+    Raises:
+        CacheMissError, IncompleteCacheError, CacheError, CorruptShardError: as `FeatureCache.open`.
+    """
     if not root.exists():
         raise CacheMissError(f"There is no cache at {root}. Make one with `ris extract`.", path=root)
     if not root.is_dir():

@@ -317,6 +317,8 @@ def _create(file: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], 
 
 def _data_set(file: Any, name: str) -> Any:
     """Return a data set that lies in the file itself."""
+    if name not in file:
+        raise ValueError(f"{name} is missing")
     if not isinstance(file.get(name, getlink=True), h5py.HardLink):
         raise ValueError(f"{name} is only a link")
     data_set = file[name]

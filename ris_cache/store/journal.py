@@ -17,12 +17,14 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from ris_cache.errors import CorruptShardError
-from ris_cache.store.files import EXTRACTION_NAME, make_directories, write_atomically
+from ris_cache.store.files import EXTRACTION_NAME, is_safe_relative, make_directories, write_atomically
 from ris_cache.store.locks import FileLock
 from ris_cache.store.manifest import ArrayEntry, Count, Digest, FileEntry, StoredFingerprint
+
+_ATTEMPTS = 10
 
 
 class _Strict(BaseModel):
@@ -90,6 +92,13 @@ class ShardRecord(_Strict):
     files: dict[str, FileEntry]
     images: tuple[RecordedImage, ...]
 
+    @field_validator("files")
+    @classmethod
+    def _paths_are_safe(cls, value: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        if not all(is_safe_relative(relative) for relative in value):
+            raise ValueError("a path leads out of the cache")
+        return value
+
 
 class Journal:
     """The directory `extraction/` of one cache."""
@@ -137,8 +146,12 @@ class Journal:
     def discard(self) -> None:
         """Remove the directory, the plan first: without it the rest is of no use to anybody."""
         self._plan_path.unlink(missing_ok=True)
-        if self._directory.is_dir():
-            shutil.rmtree(self._directory)
+        # A process that has not noticed yet may put one more lock into a folder that is being removed.
+        for _ in range(_ATTEMPTS):
+            shutil.rmtree(self._directory, ignore_errors=True)
+            if not self._directory.exists():
+                return
+        shutil.rmtree(self._directory)
 
     def commit(self, record: ShardRecord) -> None:
         """Record that a shard is done."""

@@ -120,7 +120,7 @@ class MappedReader:
         values = self._backend.read_row(array.name, row)
         if values is None:
             raise self._absent(row)
-        np.copyto(target[0], values)
+        np.copyto(target, values)
 
     def _array(self, name: str) -> StoredArray:
         array = self._arrays.get(name)
@@ -304,12 +304,17 @@ def _advised_pieces(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     Args:
         spans: first byte and end of each range, in any order.
     """
-    position = 0
+    merged: list[tuple[int, int]] = []
     for first, end in sorted(spans):
-        start = max(position, first // mmap.PAGESIZE * mmap.PAGESIZE)
-        position = max(position, math.ceil(end / mmap.PAGESIZE) * mmap.PAGESIZE)
-        for piece in range(start, position, _ADVISED_BYTES):
-            yield piece, min(piece + _ADVISED_BYTES, position)
+        start = first // mmap.PAGESIZE * mmap.PAGESIZE
+        stop = math.ceil(end / mmap.PAGESIZE) * mmap.PAGESIZE
+        if merged and start <= merged[-1][1]:
+            last_start, last_stop = merged.pop()
+            start, stop = last_start, max(last_stop, stop)
+        merged.append((start, stop))
+    for start, stop in merged:
+        for piece in range(start, stop, _ADVISED_BYTES):
+            yield piece, min(piece + _ADVISED_BYTES, stop)
 
 
 def _default_max_open() -> int:

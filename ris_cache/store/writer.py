@@ -20,8 +20,8 @@ from typing import Any, Self
 import numpy as np
 
 from ris_cache.datasets.records import ImageRecord
-from ris_cache.errors import CacheError, ConfigError, DataError
-from ris_cache.store import files, manifest
+from ris_cache.errors import CacheError, ConfigError, DataError, StoppedError
+from ris_cache.store import files, manifest, tables
 from ris_cache.store.backends import make_backend
 from ris_cache.store.draft import CacheDraft, Recipe
 from ris_cache.store.fingerprint import Fingerprint, require_match
@@ -162,6 +162,7 @@ class CacheWriter:
             ConfigError: `root` is a file, or a directory that holds something else.
             FingerprintMismatchError: a cache, or a cut-off extraction, of another making.
             CacheError: another backend than the cache's.
+            StoppedError: `should_stop` said so while waiting.
         """
         _require_cache_directory(root)
         files.make_directories(root)
@@ -170,8 +171,8 @@ class CacheWriter:
         while True:
             with lock:
                 base = load_base(root)
-                _require_same_making(root, recipe, base, journal)
-                plan = _plan_in_place(journal, base)
+                require_same_making(root, recipe, base, journal.read_plan())
+                plan = _plan_in_place(journal, root, base)
                 draft = CacheDraft.begin(root, recipe)
                 wanted = choose(draft.images)
                 activity = journal.activity_lock() if plan or wanted or base is None else None
@@ -196,7 +197,7 @@ class CacheWriter:
                 on_wait(f"{reason}; waiting for it to end")
                 told = True
             if should_stop():
-                raise CacheError(f"Stopped while {reason}.", path=root)
+                raise StoppedError(f"Stopped while {reason}.", path=root)
             time.sleep(_POLL_SECONDS)
 
     @property
@@ -221,11 +222,17 @@ class CacheWriter:
             if self._is_done(shard):
                 continue
             lock = self._journal.claim_lock(shard)
-            if lock.acquire(wait=False):
-                if self._is_done(shard):
-                    lock.release()
-                else:
-                    yield ShardClaim(shard, self._shards[shard], self._backend, self._journal, lock)
+            try:
+                is_ours = lock.acquire(wait=False)
+            except FileNotFoundError:  # another process has just finished the plan and removed the journal
+                return
+            if not is_ours:
+                continue
+            # Looked at again now that it is locked: without its journal, a finished shard looks like one to do.
+            if self._is_done(shard) or not self._is_in_place():
+                lock.release()
+            else:
+                yield ShardClaim(shard, self._shards[shard], self._backend, self._journal, lock)
 
     def is_done(self) -> bool:
         """Whether every shard is committed, or another process has finished the plan already."""
@@ -338,8 +345,15 @@ def load_base(root: Path) -> Manifest | None:
     return manifest.load_manifest(root) if (root / files.MANIFEST_NAME).exists() else None
 
 
-def _require_same_making(root: Path, recipe: Recipe, base: Manifest | None, journal: Journal) -> None:
-    interrupted = journal.read_plan()
+def require_same_making(
+    root: Path, recipe: Recipe, base: Manifest | None, interrupted: Plan | None
+) -> None:
+    """Refuse a recipe that is not that of the cache, or of the extraction that was cut off before the first.
+
+    Raises:
+        FingerprintMismatchError: naming the fields that differ.
+        CacheError: another backend or shard size.
+    """
     found = base or interrupted
     if found is None:
         return
@@ -356,14 +370,27 @@ def _require_same_making(root: Path, recipe: Recipe, base: Manifest | None, jour
         )
 
 
-def _plan_in_place(journal: Journal, base: Manifest | None) -> Plan | None:
+def _plan_in_place(journal: Journal, root: Path, base: Manifest | None) -> Plan | None:
     """Return the plan that is still to be carried out."""
     plan = journal.read_plan()
-    if plan is None or plan.base == (base.digest if base else None):
+    if plan is None or not is_carried_out(plan, root, base):
         return plan
-    # Its manifest is in place: whoever finished it was cut off before it could remove the journal.
+    # Whoever finished it was cut off before it could remove the journal.
     journal.discard()
     return None
+
+
+def is_carried_out(plan: Plan, root: Path, base: Manifest | None) -> bool:
+    """Whether the manifest in place holds what was planned.
+
+    Another digest alone does not say so: a process that has only tables to add needs no plan, and may add them
+    while others carry out theirs.
+    """
+    if base is None or plan.base == base.digest:
+        return base is None and plan.base is not None
+    images = tables.read_images(tables.read_table(root / base.images.file, tables.IMAGES))
+    rows = {image.image_id: image.row for image in images}
+    return all(rows.get(image.image_id) == image.row for image in plan.images)
 
 
 def _asks_for(plan: Plan, request: Mapping[str, Any], wanted: Sequence[NewImage]) -> bool:

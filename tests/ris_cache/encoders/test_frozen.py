@@ -171,6 +171,7 @@ def test_an_unknown_arithmetic_lists_the_known_ones() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_compiled_encoders_give_the_same_features_for_every_batch_size(
     encoders: FrozenEncoders, frames: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
@@ -184,6 +185,7 @@ def test_compiled_encoders_give_the_same_features_for_every_batch_size(
             torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_compiling_without_a_compiler_says_what_is_missing() -> None:
     import torch._inductor.config as inductor
 

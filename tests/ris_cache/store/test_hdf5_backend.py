@@ -198,9 +198,9 @@ CONTRADICTIONS: dict[str, tuple[Callable[[Any], None], str]] = {
     "another format": (lambda file: file.attrs.modify("format", b"other"), "shard 1 of 8 rows in the format"),
     "another shard": (lambda file: file.attrs.modify("shard", 7), "it is shard 7 of 8 rows"),
     "another shard size": (lambda file: file.attrs.modify("shard_rows", 64), "it is shard 1 of 64 rows"),
-    "no attributes": (lambda file: file.attrs.clear(), "cannot be read"),
-    "an array missing": (lambda file: file.pop("bits"), "cannot be read"),
-    "rows missing": (lambda file: file.pop("rows"), "cannot be read"),
+    "no attributes": (lambda file: file.attrs.clear(), "attribute"),
+    "an array missing": (lambda file: file.pop("bits"), "bits is missing"),
+    "rows missing": (lambda file: file.pop("rows"), "rows is missing"),
     "a group": (lambda file: (file.pop("bits"), file.create_group("bits")), "bits is no data set"),
     "a link": (_link_elsewhere, "clip is only a link"),
     "a link to another file": (_link_outside, "clip is only a link"),
@@ -229,7 +229,7 @@ def test_a_file_that_contradicts_itself_is_refused(backend: Hdf5Backend, contrad
     backend.write_shard(0, np.arange(3), features(3, seed=1))
     with h5py.File(backend.root / SHARD, "a") as file:
         change(file)
-    with pytest.raises(CorruptShardError, match=rf"00001\.h5 cannot be read .*{problem}|{problem}") as caught:
+    with pytest.raises(CorruptShardError, match=rf"00001\.h5 cannot be read \(.*{problem}") as caught:
         backend.locate(1)
     assert caught.value.facts == {"path": backend.root / SHARD, "shard": 1}
     if contradiction != "values never written":  # h5py reads fill values there

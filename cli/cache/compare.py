@@ -1,0 +1,5 @@
+"""Being written."""
+
+
+def compare() -> None:
+    """Being written."""

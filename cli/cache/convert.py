@@ -1,0 +1,5 @@
+"""Being written."""
+
+
+def convert() -> None:
+    """Being written."""

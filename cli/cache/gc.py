@@ -1,0 +1,5 @@
+"""Being written."""
+
+
+def gc() -> None:
+    """Being written."""

@@ -1,0 +1,5 @@
+"""Being written."""
+
+
+def merge() -> None:
+    """Being written."""

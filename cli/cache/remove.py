@@ -1,0 +1,5 @@
+"""Being written."""
+
+
+def remove() -> None:
+    """Being written."""

@@ -1,0 +1,5 @@
+"""Being written."""
+
+
+def verify() -> None:
+    """Being written."""
