@@ -101,11 +101,14 @@ class DataConfig(_Section):
         train: selection to train on, such as `refcoco:train`.
         val: selection that chooses the best checkpoint.
         text: `raw` as the annotator typed it (the habit of this line of work), or the cleaned `sent`.
+        integrity: when features are compared with their checksums: each image once (`first-open`), always
+            (`every-read`), or never (`off`).
     """
 
     train: str = "refcoco:train"
     val: str = "refcoco:val"
     text: Literal["raw", "sent"] = "raw"
+    integrity: Literal["off", "first-open", "every-read"] = "first-open"
 
 
 class TrainConfig(_Section):

@@ -56,7 +56,7 @@ def evaluate_run(
     """
     path = run.checkpoint_path(checkpoint)
     metadata = read_metadata(path)
-    cache = FeatureCache.open(cache_root)
+    cache = FeatureCache.open(cache_root, integrity=metadata.config.data.integrity)
     require_same_cache(metadata, cache.fingerprint.digest, path=path, cache=cache_root)
     config = metadata.config
     source = _category_source(config, category_source)

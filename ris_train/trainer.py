@@ -86,7 +86,7 @@ def train(
         NonFiniteError: the loss or a gradient is no number any more; names the step and the samples.
     """
     torch.manual_seed(config.train.seed)
-    cache = FeatureCache.open(cache_root)
+    cache = FeatureCache.open(cache_root, integrity=config.data.integrity)
     train_set = load_samples(cache, _single(config.data.train, "data.train"), text=config.data.text)
     val_set = load_samples(cache, _single(config.data.val, "data.val"), text=config.data.text)
     usable = [sample for sample in train_set.samples if sample.ann_ids and not sample.is_degenerate]

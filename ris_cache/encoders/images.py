@@ -141,8 +141,11 @@ def normalise(pixels: torch.Tensor, normalisation: Normalisation) -> torch.Tenso
             found=tuple(pixels.shape),
         )
     planes = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    mean = planes.new_tensor(normalisation.mean).view(3, 1, 1)
-    std = planes.new_tensor(normalisation.std).view(3, 1, 1)
+    # Filled on the device: copying three numbers to a GPU would wait for all that is queued there.
+    mean, std = (
+        torch.stack([planes.new_full((1, 1), value) for value in values])
+        for values in (normalisation.mean, normalisation.std)
+    )
     return (planes / normalisation.scale - mean) / std
 
 

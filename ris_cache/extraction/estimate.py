@@ -98,9 +98,7 @@ def estimate(
     )
 
 
-def _known_images(
-    cache_root: Path, manifest: Manifest | None, plan: Plan | None
-) -> dict[int, CachedImage]:
+def _known_images(cache_root: Path, manifest: Manifest | None, plan: Plan | None) -> dict[int, CachedImage]:
     known: dict[int, CachedImage] = {}
     if manifest is not None:
         table = read_table(cache_root / manifest.images.file, IMAGES)

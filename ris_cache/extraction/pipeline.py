@@ -89,6 +89,7 @@ class BufferPool:
 class _Decoded:
     """One image ready for the encoders, or why it is not."""
 
+    file_name: str
     outcome: Outcome
     sam_pixels: npt.NDArray[np.uint8] | None = None
     clip_pixels: npt.NDArray[np.uint8] | None = None
@@ -154,15 +155,19 @@ class Pipeline:
             reason = f"No image file {image.file_name} in the image folders."
             if self.strict:
                 raise DataError(f"{reason} Add it, or leave out --strict.", image_id=image.image_id)
-            return _Decoded(outcome=Outcome(sha256=None, reason=reason))
+            return _Decoded(file_name=image.file_name, outcome=Outcome(sha256=None, reason=reason))
         try:
             pixels = decode_image(path, expected_size=(image.height, image.width))
         except DataError as error:
             if self.strict or "expected" in error.facts:
                 raise
-            return _Decoded(outcome=Outcome(sha256=_digest_if_readable(path), reason=str(error)))
+            return _Decoded(
+                file_name=image.file_name,
+                outcome=Outcome(sha256=_digest_if_readable(path), reason=str(error)),
+            )
         sam_pixels, clip_pixels = self.encoders.prepare(pixels)
         return _Decoded(
+            file_name=image.file_name,
             outcome=Outcome(sha256=hashlib.sha256(path.read_bytes()).hexdigest()),
             sam_pixels=sam_pixels,
             clip_pixels=clip_pixels,
@@ -210,11 +215,12 @@ class _OpenShard:
         if batch is None:
             return
         problems = batch.fetch(self.buffers, self._num_rows)
-        for position, index in enumerate(batch.indices):
+        for position, (index, file_name) in enumerate(zip(batch.indices, batch.file_names, strict=True)):
             reason = problems.get(position)
             if reason is not None:
+                reason = f"{file_name}: {reason}"
                 if self._pipeline.strict:
-                    raise NonFiniteError(f"Features of an image cannot be stored: {reason}.", reason=reason)
+                    raise NonFiniteError(f"Features of an image cannot be stored. {reason}.", reason=reason)
                 self._outcomes[index] = Outcome(sha256=self._outcomes[index].sha256, reason=reason)
             self._pipeline.on_image(reason)
         self._num_rows += len(batch.indices) - len(problems)
@@ -229,13 +235,18 @@ class _DeviceBatch:
 
     def __init__(self, pipeline: Pipeline, waiting: Sequence[tuple[int, _Decoded]]) -> None:
         self.indices = [index for index, _ in waiting]
+        self.file_names = [item.file_name for _, item in waiting]
         self._pipeline = pipeline
         encoders = pipeline.encoders
         self._is_cuda = encoders.device.type == "cuda"
-        self._features = encoders.encode(
-            self._stack([item.sam_pixels for _, item in waiting]),
-            self._stack([item.clip_pixels for _, item in waiting]),
+        # Another batch size would be compiled anew, which takes longer than a full batch.
+        padding = [waiting[-1]] * (pipeline.batch_size - len(waiting)) if encoders.compiled else []
+        frames = [item for _, item in (*waiting, *padding)]
+        features = encoders.encode(
+            self._stack([item.sam_pixels for item in frames]),
+            self._stack([item.clip_pixels for item in frames]),
         )
+        self._features = {name: tensor[: len(waiting)] for name, tensor in features.items()}
         self._done = torch.cuda.Event() if self._is_cuda else None  # type: ignore[no-untyped-call]
         if self._done is not None:
             self._done.record()

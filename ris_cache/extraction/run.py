@@ -18,7 +18,7 @@ import torch
 
 from ris_cache.datasets import Selection
 from ris_cache.encoders.frozen import FrozenEncoders
-from ris_cache.errors import CacheError, DiskFullError, StoppedError
+from ris_cache.errors import CacheError, DataError, DiskFullError, StoppedError
 from ris_cache.extraction.annotations import write_annotations
 from ris_cache.extraction.pipeline import BufferPool, ComputedShard, Pipeline
 from ris_cache.extraction.sources import Sources, load_sources
@@ -149,15 +149,16 @@ def extract(
             sources.require_readable(known)
         return sources.needing_features(known, cache_root)
 
-    writer = CacheWriter.open(
-        cache_root,
-        recipe,
-        purpose="extract",
-        request=_request(selections, limit),
-        choose=choose,
-        on_wait=watcher.say,
-        should_stop=should_stop,
-    )
+    with _full_disk_explained(cache_root):
+        writer = CacheWriter.open(
+            cache_root,
+            recipe,
+            purpose="extract",
+            request=_request(selections, limit),
+            choose=choose,
+            on_wait=watcher.say,
+            should_stop=should_stop,
+        )
     pipeline = Pipeline(
         encoders=encoders,
         paths=sources.paths,
@@ -179,7 +180,15 @@ def extract(
         _require_space(cache_root, num_left, recipe)
         added = compute_features(writer, pipeline, recipe, watcher, should_stop)
         manifest = writer.finish(edit)
-    return _report(manifest, sources, cache_root, added)
+    report = _report(manifest, sources, cache_root, added)
+    if strict and report.quarantined:  # by a run without it, of which this one went on
+        raise DataError(
+            f"{len(report.quarantined)} images were quarantined before --strict was asked for, for example: "
+            f"{next(iter(report.quarantined.values()))} Repair the files and run the command again, or leave "
+            "out --strict.",
+            quarantined=report.quarantined,
+        )
+    return report
 
 
 def default_workers() -> int:
@@ -200,7 +209,7 @@ def make_recipe(encoders: FrozenEncoders, cache_root: Path, layout: Layout) -> R
         dtype=dtype,
         backend=layout.backend or (found.backend if found else "zarr"),
         shard_rows=layout.shard_rows or (found.shard_rows if found else SHARD_ROWS),
-        libraries={"torch": torch.__version__},
+        libraries={"torch": torch.__version__} | ({"torch.compile": "yes"} if encoders.compiled else {}),
     )
 
 

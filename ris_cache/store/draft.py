@@ -375,7 +375,7 @@ class CacheDraft:
 
 def remove_unlisted(root: Path, finished: Manifest) -> dict[str, int]:
     """Remove every file that the manifest does not list; returns their sizes by path."""
-    kept = {*finished.files, *_metadata_paths(root, finished)}
+    kept = {*finished.files, *metadata_paths(finished)}
     sizes = {
         relative: path.stat().st_size
         for relative, path in files.all_files(root).items()
@@ -385,7 +385,8 @@ def remove_unlisted(root: Path, finished: Manifest) -> dict[str, int]:
     return sizes
 
 
-def _metadata_paths(root: Path, finished: Manifest) -> set[str]:
+def metadata_paths(finished: Manifest) -> set[str]:
+    """Return the files that belong to a cache though its manifest does not list them."""
     if finished.backend != "zarr":
         return set()
     names = [entry.name for entry in finished.arrays]

@@ -40,11 +40,11 @@ class FileLock:
             Whether it is held now.
 
         Raises:
-            CacheError: the file system knows no locks.
+            CacheError: the file system knows no locks, or the directory may not be written to.
         """
         descriptor = self._descriptor
         if descriptor is None:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = self._open()
         operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         try:
             fcntl.flock(descriptor, operation)
@@ -62,6 +62,18 @@ class FileLock:
             raise
         self._descriptor = descriptor
         return True
+
+    def _open(self) -> int:
+        try:
+            return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            raise CacheError(
+                f"{self._path.parent} cannot be written to ({error.strerror}). Ask its owner for permission, "
+                "or name another directory; reading a cache needs none.",
+                path=self._path.parent,
+            ) from error
 
     def release(self) -> None:
         """Give the lock back; nothing happens if it is not held."""

@@ -228,7 +228,7 @@ class CacheWriter:
                 return
             if not is_ours:
                 continue
-            # Looked at again now that it is locked: without its journal, a finished shard looks like one to do.
+            # Looked at again under the lock: once the journal is gone, finished shards look like ones to do.
             if self._is_done(shard) or not self._is_in_place():
                 lock.release()
             else:
@@ -345,9 +345,7 @@ def load_base(root: Path) -> Manifest | None:
     return manifest.load_manifest(root) if (root / files.MANIFEST_NAME).exists() else None
 
 
-def require_same_making(
-    root: Path, recipe: Recipe, base: Manifest | None, interrupted: Plan | None
-) -> None:
+def require_same_making(root: Path, recipe: Recipe, base: Manifest | None, interrupted: Plan | None) -> None:
     """Refuse a recipe that is not that of the cache, or of the extraction that was cut off before the first.
 
     Raises:
@@ -383,8 +381,8 @@ def _plan_in_place(journal: Journal, root: Path, base: Manifest | None) -> Plan 
 def is_carried_out(plan: Plan, root: Path, base: Manifest | None) -> bool:
     """Whether the manifest in place holds what was planned.
 
-    Another digest alone does not say so: a process that has only tables to add needs no plan, and may add them
-    while others carry out theirs.
+    Another digest alone does not say so: a process that has only tables to add needs no plan, and may add
+    them while others carry out theirs.
     """
     if base is None or plan.base == base.digest:
         return base is None and plan.base is not None

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ris_cache.encoders import sam as sam_module
 from ris_cache.encoders.sam import SamParts, attend_by_head, attend_folded, build_sam, encode_sam, load_sam
@@ -180,6 +181,30 @@ def test_folding_loses_no_more_in_half_precision_than_a_bias(dtype: torch.dtype,
     }
     assert errors["attend_folded"] < errors["attend_by_head"]
     assert errors["attend_folded"] < {torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("size", "head_width"), [(14, 64), (64, 64), (7, 32)])
+def test_folded_attention_of_every_size_in_use_runs_in_a_flash_kernel(
+    device: str, dtype: torch.dtype, size: int, head_width: int
+) -> None:
+    *qkv, row_table, col_table = attention_inputs(size, size, num_heads=1, head_width=head_width)
+    tensors = [x.to(device, dtype) for x in (*qkv, by_offset(row_table), by_offset(col_table))]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # any other kernel is an error in here
+        assert attend_folded(*tensors).isfinite().all()
 
 
 @pytest.mark.parametrize(

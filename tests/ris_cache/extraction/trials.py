@@ -5,20 +5,19 @@ once, on one thread and without ever computing, so that it may fork; each trial 
 one JSON list of trials a line, runs these trials side by side, and answers with one line, a JSON list of what
 became of them.
 
-A trial holds `argv` (the arguments of `ris`) or `extract` (`data`, `cache`, `split`, and further arguments of
-`ris_cache.extraction.run.extract`), and any of:
+A trial holds `argv` (the arguments of `ris`), or `read` (the directory of a cache to be read whole), or
+`extract` (`data`, `cache`, `split`, and further arguments of `ris_cache.extraction.run.extract`); and any of:
 
     log         file to which the name of each image is appended as it is decoded
     output      file that receives stdout and stderr
     kill_after  seconds after its start at which it gets SIGKILL
     kill_at     [call, n, when]: it kills itself `before` or `after` its n-th call, counted from 1, or in the
                 `middle` of it where the call is a write
-    signals     [[seconds after its start, number of the signal], ...]
-    features    "nan" or "huge": image 0 of the first batch gets such features
+    features    "nan" or "huge": the first image of the first batch gets such features
     user        id of the user that it runs as
 
-What became of it: `exit_code` or `signal`, `seconds`, and, if it came that far, `calls` (how often it called
-what `kill_at` can name), `added`, `quarantined`, `encoded` (images), or `error` and `message`.
+What became of it: `exit_code` or `signal`, `seconds`, `timed_out`, and, if it came that far, `calls` (how often
+it called what `kill_at` can name), `encoded` (images), `added` and `quarantined`, or `error` and `message`.
 """
 
 from __future__ import annotations
@@ -32,13 +31,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import h5py
 import torch
+import zarr
+from pyarrow import parquet
 
 import cli.extract
 import ris_cache.extraction.pipeline as pipeline
@@ -48,6 +50,7 @@ from ris_cache.encoders.frozen import FrozenEncoders
 from ris_cache.errors import RisError
 from ris_cache.extraction.estimate import estimate
 from ris_cache.extraction.run import Layout, extract
+from ris_cache.store.cache import FeatureCache
 
 SYSTEM_CALLS = {
     "fsync": (os, "fsync"),
@@ -58,18 +61,18 @@ SYSTEM_CALLS = {
     "rmdir": (os, "rmdir"),
     "flock": (fcntl, "flock"),
 }
-LIBRARIES = (estimate, app)  # imported before any fork
+MOST_SECONDS = 60.0
+LIBRARIES = (estimate, zarr, h5py, parquet)  # so that no fork spends time on importing them
 
 
 @dataclass
 class Trial:
     """One trial under way."""
 
-    request: dict[str, Any]
     pid: int
     report: int
     started: float
-    due: list[tuple[float, int]] = field(default_factory=list)
+    due: list[tuple[float, int]]
 
 
 class Calls:
@@ -149,7 +152,7 @@ def main() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         trials = [start(request, encoders) for request in json.loads(line)]
-        print(json.dumps([follow(trials, trial) for trial in trials]), flush=True)
+        print(json.dumps(follow(trials)), flush=True)
 
 
 def start(request: dict[str, Any], encoders: FrozenEncoders) -> Trial:
@@ -167,34 +170,43 @@ def start(request: dict[str, Any], encoders: FrozenEncoders) -> Trial:
             sys.stderr.flush()
             os._exit(code)
     os.close(writing)
-    due = [(started + seconds, number) for seconds, number in request.get("signals", ())]
+    due = [(started + MOST_SECONDS, signal.SIGKILL)]
     if "kill_after" in request:
-        due.append((started + request["kill_after"], signal.SIGKILL))
-    return Trial(request=request, pid=pid, report=reading, started=started, due=sorted(due))
+        due.insert(0, (started + request["kill_after"], signal.SIGKILL))
+    return Trial(pid=pid, report=reading, started=started, due=due)
 
 
-def follow(trials: list[Trial], wanted: Trial) -> dict[str, Any]:
-    """Send the signals of all trials when they are due, until one trial has ended."""
-    while True:
-        for trial in trials:
-            while trial.due and trial.due[0][0] <= time.monotonic():
-                send(trial, trial.due.pop(0)[1])
-        pid, status = os.waitpid(wanted.pid, os.WNOHANG)
-        if pid:
-            break
+def follow(trials: list[Trial]) -> list[dict[str, Any]]:
+    """Send each trial its signals when they are due, until all have ended."""
+    running = {trial.pid: trial for trial in trials}
+    endings: dict[int, dict[str, Any]] = {}
+    while running:
+        now = time.monotonic()
+        for trial in running.values():
+            while trial.due and trial.due[0][0] <= now:
+                os.kill(trial.pid, trial.due.pop(0)[1])
+        for pid in list(running):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                endings[pid] = ending_of(running.pop(pid), status)
         time.sleep(0.001)
-    seconds = time.monotonic() - wanted.started
-    wanted.due.clear()
-    with os.fdopen(wanted.report) as report:
+    return [endings[trial.pid] for trial in trials]
+
+
+def ending_of(trial: Trial, status: int) -> dict[str, Any]:
+    """Say what became of a trial that has just ended."""
+    seconds = time.monotonic() - trial.started
+    with os.fdopen(trial.report) as report:
         told = json.loads(report.read() or "{}")
-    if os.WIFSIGNALED(status):
-        return {**told, "signal": os.WTERMSIG(status), "exit_code": None, "seconds": seconds}
-    return {**told, "signal": None, "exit_code": os.WEXITSTATUS(status), "seconds": seconds}
-
-
-def send(trial: Trial, number: int) -> None:
-    """Send a signal; a trial that has ended but was not waited for yet still takes it."""
-    os.kill(trial.pid, number)
+    has_signal = os.WIFSIGNALED(status)
+    return {
+        "encoded": None,
+        **told,
+        "signal": os.WTERMSIG(status) if has_signal else None,
+        "exit_code": None if has_signal else os.WEXITSTATUS(status),
+        "seconds": seconds,
+        "timed_out": has_signal and seconds >= MOST_SECONDS,
+    }
 
 
 def run(request: dict[str, Any], encoders: FrozenEncoders, report: int) -> int:
@@ -217,10 +229,14 @@ def run(request: dict[str, Any], encoders: FrozenEncoders, report: int) -> int:
     calls = Calls(request.get("kill_at"))
     calls.watch()
     try:
-        code = run_command(request["argv"], encoders) if "argv" in request else None
-        if code is None:
+        code = 0
+        if "argv" in request:
+            code = run_command(request["argv"], encoders)
+        elif "read" in request:
+            cache = FeatureCache.open(request["read"])
+            cache.read(cache.image_ids)
+        else:
             told |= run_extraction(request["extract"], encoders)
-            code = 0
     except RisError as error:
         told |= {"error": type(error).__name__, "message": str(error)}
         code = error.exit_code
@@ -274,12 +290,12 @@ def note_images(log: int | None, told: dict[str, Any]) -> None:
 def spoil_features(how: str) -> None:
     """Have the encoders give the first image of their first batch features that cannot be stored."""
     plain_encode = FrozenEncoders.encode
-    is_first = [True]
+    values = iter([{"nan": float("nan"), "huge": 1e5}[how]])
 
     def encode(self: FrozenEncoders, sam_pixels: Any, clip_pixels: Any) -> Any:
         features = plain_encode(self, sam_pixels, clip_pixels)
-        if is_first.pop() if is_first else False:
-            features["sam"][0, 0, 0, 0] = {"nan": float("nan"), "huge": 1e5}[how]
+        for value in values:
+            features["sam"][0, 0, 0, 0] = value
         return features
 
     FrozenEncoders.encode = encode  # type: ignore[method-assign]
