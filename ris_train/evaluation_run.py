@@ -32,6 +32,7 @@ def evaluate_run(
     batch_size: int,
     device: torch.device,
     show_progress: bool = False,
+    is_comparison: bool = False,
 ) -> tuple[list[EvaluationResult], dict[str, str]]:
     """Score a checkpoint on each split.
 
@@ -45,19 +46,22 @@ def evaluate_run(
         batch_size: expressions per forward pass.
         device: where the model runs.
         show_progress: whether to draw a bar on stderr.
+        is_comparison: whether to score on features of another fingerprint too, to see what they change. No
+            file is kept beside the run then: they would not be the run's scores.
 
     Returns:
         One result per split, and the labels of all weights that the numbers rest on.
 
     Raises:
         CheckpointError: the run has no such checkpoint, or a damaged one.
-        FingerprintMismatchError: the cache was made by other encoders.
+        FingerprintMismatchError: the cache was made otherwise than the one that the run was trained from.
         ConfigError: a category source that the model cannot use.
     """
     path = run.checkpoint_path(checkpoint)
     metadata = read_metadata(path)
     cache = FeatureCache.open(cache_root, integrity=metadata.config.data.integrity)
-    require_same_cache(metadata, cache.fingerprint.digest, path=path, cache=cache_root)
+    if not is_comparison:
+        require_same_cache(metadata, cache.fingerprint.digest, path=path, cache=cache_root)
     config = metadata.config
     source = _category_source(config, category_source)
     model, _ = load_checkpoint(path, device=device)
@@ -90,6 +94,8 @@ def evaluate_run(
                 degenerate=sum(sample.is_degenerate for sample in chosen),
             )
         )
+    if is_comparison:
+        return results, metadata.weight_labels
     name = f"scores-{checkpoint}-{source}"
     if selections is not None:
         name += "-" + "+".join(result.split.replace(":", ".") for result in results)

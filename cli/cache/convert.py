@@ -1,5 +1,146 @@
-"""Being written."""
+"""`ris cache convert`: the same cache in another layout; and how commands that copy images are watched."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+
+import typer
+
+from cli.options import JsonOption
+from cli.render import print_json, print_table
+from ris_cache.errors import StoppedError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from ris_cache.store.transfer import Progress
+
+T = TypeVar("T")
+
+_SECONDS_BETWEEN_LINES = 30.0
 
 
-def convert() -> None:
-    """Being written."""
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Cache to convert; it is only read.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="New or empty directory.")],
+    store: Annotated[str | None, typer.Option("--store", help="zarr or hdf5; by default as in SRC.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="float16, bfloat16, float32 or int8; by default as in SRC."),
+    ] = None,
+    shard_rows: Annotated[
+        int | None, typer.Option("--shard-rows", min=1, help="Images per shard; by default as in SRC.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and stop.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Write a cache anew in another backend, precision or shard size; what is not named stays as it is.
+
+    A conversion that was cut off goes on where it was, and several processes share it. Between backends, and
+    to float32, nothing is lost; other changes of precision round, and the fingerprint says so.
+
+    Example: ris cache convert ./feats ./feats-int8 --dtype int8
+    """
+    from ris_cache.store.convert import convert as run_conversion
+    from ris_cache.store.convert import plan_conversion
+    from ris_cache.store.transfer import free_bytes
+
+    planned = plan_conversion(source, target, backend=store, dtype=dtype, shard_rows=shard_rows)
+    num_copied = 0
+    if not dry_run:
+        num_copied, _ = watched(
+            "convert", lambda progress, stop: run_conversion(planned, progress=progress, should_stop=stop)
+        )
+    before, after = planned.source.manifest, planned.recipe
+    document = {
+        "source": str(source),
+        "target": str(target),
+        "dry_run": dry_run,
+        "images": len(planned.source),
+        "quarantined": before.images.quarantined,
+        "copied": num_copied,
+        "shards": planned.num_shards,
+        "bytes": planned.num_bytes,
+        "free_bytes": free_bytes(target),
+        "store": after.backend,
+        "dtype": after.dtype,
+        "shard_rows": after.shard_rows,
+        "exact": planned.is_exact,
+        "rounded_through": planned.rounded_through,
+        "fingerprint": after.fingerprint.digest,
+    }
+    if json:
+        print_json(document)
+        return
+    rounded = ", ".join(planned.rounded_through)
+    print_table(
+        f"{'What converting' if dry_run else 'Converted'} {source} into {target}"
+        + (" would do" if dry_run else ""),
+        ["what", "before", "after"],
+        [
+            ["store", before.backend, after.backend],
+            ["precision", before.dtype, after.dtype],
+            ["values", "", "unchanged" if planned.is_exact else "rounded"],
+            ["rounded before to", _before(planned.source.fingerprint.fields), rounded or "-"],
+            ["images per shard", str(before.shard_rows), str(after.shard_rows)],
+            ["images", str(before.images.ok), str(len(planned.source))],
+            ["images quarantined", str(before.images.quarantined), str(before.images.quarantined)],
+            ["size of features", "", f"{planned.num_bytes / 2**20:.1f} MiB"],
+            ["fingerprint", before.fingerprint.digest[:12], after.fingerprint.short],
+        ],
+        "Nothing was written." if dry_run else f"{num_copied} images copied by this process.",
+    )
+
+
+def watched(what: str, work: Callable[[Progress, Callable[[], bool]], T]) -> T:
+    """Run work that copies images, with progress on stderr, until it is done or a signal stops it."""
+    from cli.signals import StopRequest
+
+    with StopRequest("after the shard at hand") as stop:
+        try:
+            return work(_CopyProgress(what), stop)
+        except StoppedError as stopped:
+            typer.echo(f"stopped: {stopped}", err=True)
+            raise typer.Exit(stop.exit_code) from None
+
+
+class _CopyProgress:
+    """Images copied: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._bar: tqdm[NoReturn] | None = None
+        self._done = self._total = 0
+        self._last_line = 0.0
+
+    def start(self, *, total: int, done: int) -> None:
+        self._total, self._done, self._last_line = total, done, time.monotonic()
+        if done < total and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=done, unit="image", desc=self._what)
+
+    def advance(self, reason: str | None) -> None:
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update()
+        elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            print(f"{self._what}: {self._done}/{self._total} images", file=sys.stderr, flush=True)
+
+    def say(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _before(fields: dict[str, object]) -> str:
+    found = fields.get("rounded_through")
+    return ", ".join(map(str, found)) if isinstance(found, list) and found else "-"

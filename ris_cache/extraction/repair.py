@@ -97,10 +97,11 @@ def plan_repair(root: Path, findings: Iterable[Finding], data_root: Path) -> Rep
         obstacle = _obstacle(images[shard], roots)
         if obstacle is not None:
             obstacles[shard] = obstacle
-    has_metadata = any(finding.kind == "metadata" for finding in findings)
+    wrong = {finding.path for finding in findings if finding.kind == "metadata"}
+    metadata = backend.metadata_files(manifest.rows) if wrong else {}
     return RepairPlan(
         images=images,
-        metadata=backend.metadata_files(manifest.rows) if has_metadata else {},
+        metadata={path: content for path, content in metadata.items() if path in wrong},
         obstacles=obstacles,
     )
 
@@ -151,17 +152,18 @@ def repair(
                 path=root,
             )
         plan = plan_repair(root, findings, data_root)
-        for path, content in plan.metadata.items():
-            files.write_atomically(root / path, content)
         work = _Repair(root, plan, ImageRoots(data_root), watcher, should_stop)
         if any(images for shard, images in plan.images.items() if shard not in plan.obstacles):
             encoders = load_encoders()
             work.use(encoders, batch_size or find_batch_size(encoders), workers or default_workers())
+        # First, since a backend writes no shard beside metadata that says otherwise.
+        for path, content in plan.metadata.items():
+            files.write_atomically(root / path, content)
         return work.run()
 
 
 class _Repair:
-    """One repair, under the lock of the cache and with sound metadata."""
+    """One repair, under the lock of the cache."""
 
     def __init__(
         self,
@@ -256,9 +258,7 @@ class _Repair:
             NonFiniteError: features that cannot be stored.
         """
         if not images:
-            return {
-                array.name: np.empty((0, *array.shape), array.numpy_dtype) for array in self._recipe.arrays
-            }
+            return {a.name: np.empty((0, *a.shape), a.numpy_dtype) for a in self._recipe.arrays}
         assert self._pipeline is not None
         pool = BufferPool(stored_arrays(self._stages[0], self._recipe.shapes), len(images), 1)
         (shard,) = self._pipeline.compute([_Work(_planned(images))], pool)
@@ -270,7 +270,7 @@ class _Repair:
     def _write(
         self, shard: int, images: Sequence[CachedImage], arrays: Mapping[str, Array]
     ) -> tuple[dict[str, FileEntry], tuple[CachedImage, ...]]:
-        """Write a shard; returns the entries of its files, and its images with the checksums of their rows."""
+        """Write a shard; returns the entries of its files, and its images with the rows' checksums."""
         first_row = shard * self._backend.shard_rows
         positions = np.array([image.row - first_row for image in images], np.int64)
         digests = self._backend.write_shard(shard, positions, arrays)

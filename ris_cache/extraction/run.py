@@ -142,14 +142,15 @@ def extract(
     """
     watcher = progress or Silent()
     sources = load_sources(selections, data_root, limit=limit)
-    recipe = make_recipe(encoders, cache_root, layout or Layout())
+    with _explained(cache_root):
+        recipe = make_recipe(encoders, cache_root, layout or Layout())
 
     def choose(known: Mapping[int, CachedImage]) -> list[NewImage]:
         if strict:
             sources.require_readable(known)
         return sources.needing_features(known, cache_root)
 
-    with _full_disk_explained(cache_root):
+    with _explained(cache_root):
         writer = CacheWriter.open(
             cache_root,
             recipe,
@@ -175,7 +176,7 @@ def extract(
             write_annotations(draft, part, encoders, should_stop)
         draft.write_sam_heads({name: tensor.numpy() for name, tensor in encoders.sam_heads().items()})
 
-    with contextlib.closing(writer), _full_disk_explained(cache_root):
+    with contextlib.closing(writer), _explained(cache_root):
         num_left = sum(len(images) for images in writer.shards.values()) - writer.num_committed
         _require_space(cache_root, num_left, recipe)
         added = compute_features(writer, pipeline, recipe, watcher, should_stop)
@@ -294,10 +295,17 @@ def _released_at_end(claims: Iterator[ShardClaim]) -> Iterator[Iterator[ShardCla
 
 
 @contextlib.contextmanager
-def _full_disk_explained(cache_root: Path) -> Iterator[None]:
+def _explained(cache_root: Path) -> Iterator[None]:
+    """Say of what the operating system refuses what it means here, and what to do."""
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise CacheError(
+                f"{error.filename or cache_root} may not be read or written ({error.strerror}). Ask its "
+                "owner for permission, or name another --cache.",
+                path=error.filename,
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         free = shutil.disk_usage(cache_root).free
@@ -313,9 +321,10 @@ def _require_space(cache_root: Path, num_images: int, recipe: Recipe) -> None:
     needed = num_images * recipe.image_bytes
     free = shutil.disk_usage(cache_root).free
     if needed > free:
+        unit, name = (2**30, "GiB") if needed >= 2**30 else (2**20, "MiB")
         raise CacheError(
-            f"{num_images} images need {needed / 2**30:.1f} GiB in {cache_root}, where "
-            f"{free / 2**30:.1f} GiB are free. Free some space, choose another --cache, or fewer splits.",
+            f"{num_images} images need {needed / unit:.1f} {name} in {cache_root}, where "
+            f"{free / unit:.1f} {name} are free. Free some space, choose another --cache, or fewer splits.",
             needed=needed,
             free=free,
         )

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ris_cache.datasets.records import InstanceRecord
 from ris_cache.errors import CacheError, CacheMissError, CorruptShardError, IncompleteCacheError, ShapeError
 from ris_cache.store import files, tables
-from ris_cache.store.backends import make_backend
+from ris_cache.store.backends import make_backend, unreadable
 from ris_cache.store.batch import FeatureBatch
 from ris_cache.store.checking import Integrity, RowChecker, require_integrity
 from ris_cache.store.fingerprint import Fingerprint
@@ -74,7 +74,7 @@ class FeatureCache:
         Raises:
             CacheMissError: there is no such directory.
             IncompleteCacheError: it is empty, or its extraction never finished.
-            CacheError: it holds something else, or a format newer than this version reads.
+            CacheError: it holds something else, a format newer than this version reads, or may not be read.
             CorruptShardError: the manifest or a table is damaged, or a file is missing or cut short.
         """
         require_integrity(integrity)
@@ -330,6 +330,13 @@ def find_manifest(root: Path) -> Manifest:
     Raises:
         CacheMissError, IncompleteCacheError, CacheError, CorruptShardError: as `FeatureCache.open`.
     """
+    try:
+        return _find_manifest(root)
+    except PermissionError as error:
+        raise unreadable(Path(error.filename or root), error) from error
+
+
+def _find_manifest(root: Path) -> Manifest:
     if not root.exists():
         raise CacheMissError(f"There is no cache at {root}. Make one with `ris extract`.", path=root)
     if not root.is_dir():
@@ -393,6 +400,8 @@ def _read_file(root: Path, manifest: Manifest, relative: str, integrity: Integri
             "restore the file from a copy.",
             path=path,
         ) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
     if integrity != "off" and files.digest_of(content).sha256 != manifest.files[relative].sha256:
         raise CorruptShardError(
             f"{path} is damaged: its SHA-256 is not that of the manifest. Restore the file from a copy, or "

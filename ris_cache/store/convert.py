@@ -265,9 +265,11 @@ def _outcomes(cache: FeatureCache) -> dict[int, tuple[str | None, str | None]]:
 def _give_up(target: Path) -> bool:
     """Empty a target that can never be finished; False if another process works on it or has finished it."""
     with FileLock(target / files.LOCK_NAME):
+        if (target / files.MANIFEST_NAME).exists():
+            return False
         journal = Journal(target)
         activity = journal.activity_lock()
-        if (target / files.MANIFEST_NAME).exists() or not activity.acquire(wait=False):
+        if not activity.acquire(wait=False):
             return False
         try:
             journal.discard()

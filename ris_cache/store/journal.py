@@ -122,7 +122,7 @@ class Journal:
         """
         try:
             return Plan.model_validate_json(self._plan_path.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValidationError, ValueError) as error:
             raise CorruptShardError(

@@ -76,7 +76,7 @@ class Origin:
 
 
 def origins(caches: Iterable[FeatureCache]) -> dict[int, Origin]:
-    """Return the origin of every image by image_id: the first cache with its features, else the first at all."""
+    """Return the origin of every image by image_id: the first cache with its features, or that knows it."""
     found: dict[int, Origin] = {}
     for cache in caches:
         for image_id, image in cache.images.items():
@@ -249,8 +249,8 @@ def _read(cache: FeatureCache, images: Sequence[CachedImage], out: FeatureBatch)
         for position, problem in encoded.problems.items():
             image = block[position]
             raise NonFiniteError(
-                f"Image {image.image_id} ({image.file_name}) of {cache.root} cannot be stored as {out.dtype}: "
-                f"{problem}.",
+                f"Image {image.image_id} ({image.file_name}) of {cache.root} cannot be stored as "
+                f"{out.dtype}: {problem}.",
                 image_id=image.image_id,
                 path=cache.root,
                 dtype=out.dtype,
@@ -288,7 +288,7 @@ def _full_disk_explained(root: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise DiskFullError(
-            f"No space is left for {root} ({free_bytes(root) / 2**20:.0f} MiB free). Shards that were finished "
-            "are kept: free some space and run the same command again, it goes on from there.",
+            f"No space is left for {root} ({free_bytes(root) / 2**20:.0f} MiB free). Shards that were "
+            "finished are kept: free some space and run the same command again, it goes on from there.",
             path=root,
         ) from error

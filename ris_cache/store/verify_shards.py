@@ -152,13 +152,14 @@ class ShardChecker:
     ) -> tuple[list[Finding], int]:
         """Compare which rows are there with which the table of images expects."""
         found = []
+        positions = images.rows - shard * self._manifest.shard_rows
         is_expected = np.zeros(self._manifest.shard_rows, np.bool_)
-        is_expected[images.rows - shard * self._manifest.shard_rows] = True
+        is_expected[positions] = True
         num_unused = 0
         for name, place in places.items():
             is_present = place.offsets != ABSENT
             num_unused = max(num_unused, int((is_present & ~is_expected).sum()))
-            missing = images.image_ids[~is_present[is_expected]].tolist()
+            missing = images.image_ids[~is_present[positions]].tolist()
             if missing:
                 found.append(
                     finding(

@@ -103,6 +103,7 @@ class Annotations:
         can_be_used = True
         if len(np.unique(ids)) < len(ids) or len(np.unique(rows)) < len(rows):
             self._add(path, "names an image or a row twice")
+            can_be_used = False
         if len(rows) and not 0 <= rows.min() <= rows.max() < self._manifest.rows:
             self._add(path, f"names rows outside 0 to {self._manifest.rows - 1}")
             can_be_used = False

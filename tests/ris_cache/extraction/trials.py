@@ -149,10 +149,16 @@ def main() -> None:
     encoders = cli.extract.load_encoders(
         "tiny", sam_weights=None, clip_weights=None, random_seed=0, arithmetic="float32", device="cpu"
     )
-    print("ready", flush=True)
+    answer("ready")
     for line in sys.stdin:
         trials = [start(request, encoders) for request in json.loads(line)]
-        print(json.dumps(follow(trials)), flush=True)
+        answer(json.dumps(follow(trials)))
+
+
+def answer(line: str) -> None:
+    """Say a line to whoever started this program."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def start(request: dict[str, Any], encoders: FrozenEncoders) -> Trial:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,11 +267,7 @@ def drawn_cache(tmp_path_factory: pytest.TempPathFactory, any_drawing: Drawing) 
 @pytest.fixture
 def threads_end() -> Iterator[None]:
     """Fail a test that leaves threads behind."""
-    before = _threads()
+    before = set(threading.enumerate())
     yield
-    left = _threads() - before
+    left = set(threading.enumerate()) - before
     assert not left, f"threads {left} outlive the test"
-
-
-def _threads() -> set[str]:
-    return set(os.listdir("/proc/self/task"))  # noqa: PTH208 - names alone

@@ -1,342 +1,254 @@
-"""Opening and reading a cache, and each way in which it can be unfit."""
+"""Reading a cache: what it says and holds, from any thread and process, without a trace."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import pickle
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ris_cache import FeatureCache
-from ris_cache.datasets.records import ExpressionRecord, ImageRecord, InstanceRecord
-from ris_cache.encoders.spec import TINY
-from ris_cache.errors import CacheError, CacheMissError, CorruptShardError, IncompleteCacheError, ShapeError
-from ris_cache.store.fingerprint import cache_fingerprint
-from ris_cache.store.tables import CategorySet
-from ris_cache.store.writer import CacheWriter
+from ris_cache.errors import CacheMissError, ShapeError
 
-SHAPES = {"sam": (2, 3, 3), "clip": (4, 2), "clip_pooled": (5,)}
-IMAGE_IDS = [30, 10, 20, 50, 40]
-QUARANTINED = 20
-FINGERPRINT = cache_fingerprint(TINY, {}, dtype="float16")
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_waiting_for_the_disk() -> Iterator[None]:
-    """Power cuts are the business of test_files.py; here fsync would take most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda descriptor: None)
-        yield
-
-
-def value_of(image_id: int) -> float:
-    """Every feature of an image is this number."""
-    return image_id / 8
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("cache") / "feats"
-    writer = CacheWriter.create(root, FINGERPRINT, preset="tiny", shapes=SHAPES, weights={}, shard_rows=2)
-    rows = writer.add_images(
-        [
-            ImageRecord(image_id=image_id, file_name=f"{image_id}.jpg", height=image_id, width=100)
-            for image_id in IMAGE_IDS
-        ]
-    )
-    for image_id in rows:
-        writer.record_file(image_id, f"{image_id:064x}")
-    writer.quarantine(QUARANTINED, "not a JPEG file")
-    for shard_index in range(3):
-        values = np.array([value_of(image.image_id) for image in writer.shard_images(shard_index)])
-        writer.write_shard(
-            shard_index,
-            {name: values.reshape(-1, *(1 for _ in s)) * np.ones(s) for name, s in SHAPES.items()},
-        )
-    writer.write_tables(
-        "refcoco+.unc",
-        [
-            ExpressionRecord(
-                split="val",
-                ref_id=1,
-                sent_id=2,
-                sent_index=0,
-                image_id=30,
-                raw="Cup!",
-                sent="cup",
-                ann_ids=(7,),
-                category_ids=(47,),
-                is_degenerate=False,
-            )
-        ],
-        [
-            InstanceRecord(
-                ann_id=7,
-                image_id=30,
-                category_id=47,
-                segmentation=((0.0, 0.0, 1.0, 0.0, 1.0, 1.0),),
-                is_crowd=False,
-            )
-        ],
-        clip_category_ids=[1],
-        category_set="coco",
-    )
-    writer.write_categories(
-        "coco",
-        CategorySet(ids=(47,), names=("cup",), template="a {}.", embeddings=np.ones((1, 5), np.float32)),
-    )
-    writer.write_sam_heads({"scale": np.array(2.5, np.float32), "weight": np.ones((2, 3), np.float32)})
-    writer.finish()
-    return root
+TABLE = "refcoco.unc"
+IMAGE_IDS = [0, 1, 2, 3, 4, 6, 7, 8, 9]
+QUARANTINED = 5
 
 
 @pytest.fixture
-def root(finished: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
-    return shutil.copytree(finished, tmp_path / "feats")
+def root(either_drawing: Any, tmp_path: Path) -> Path:
+    """Images 0 to 9, image 5 quarantined; to damage."""
+    either_drawing.extract(tmp_path / "feats", range(10), bad=(QUARANTINED,))
+    return tmp_path / "feats"
 
 
-def edit_manifest(root: Path, **changes: Any) -> None:
-    document = json.loads((root / "manifest.json").read_bytes())
-    (root / "manifest.json").write_text(json.dumps(document | changes))
+# What a cache says.
 
 
-def test_a_cache_says_what_it_holds(finished: Path) -> None:
-    cache = FeatureCache.open(finished)
-    assert cache.fingerprint == FINGERPRINT
-    assert cache.manifest.preset == "tiny"
-    assert cache.image_ids.tolist() == [30, 10, 50, 40]
-    assert cache.sizes == {image_id: (image_id, 100) for image_id in IMAGE_IDS}
-    assert cache.quarantined == {QUARANTINED: "not a JPEG file"}
-    assert cache.images[30].sha256 == f"{30:064x}"
-    assert cache.root == finished
+def test_a_cache_says_what_it_holds(any_drawing: Any, drawn_cache: Path) -> None:
+    cache = FeatureCache.open(drawn_cache)
+    assert cache.fingerprint == any_drawing.recipe.fingerprint
+    assert (cache.manifest.preset, cache.manifest.dtype) == ("tiny", any_drawing.dtype)
+    assert cache.root == drawn_cache
+    assert cache.image_ids.dtype == np.int64
+    assert cache.image_ids.tolist() == IMAGE_IDS
+    assert cache.sizes == {image_id: (30 + image_id, 40) for image_id in range(10)}
+    assert cache.quarantined == {QUARANTINED: "cut off in the middle"}
+    assert cache.images[3].sha256 == f"{3:064x}"
+    assert list(cache.images) == list(range(10))
 
 
-def test_features_come_in_the_order_asked_for(finished: Path) -> None:
-    batch = FeatureCache.open(str(finished)).read([40, 30, 40])
-    assert batch.image_ids.tolist() == [40, 30, 40]
-    for name, shape in SHAPES.items():
-        values = getattr(batch, name)
-        assert (values.shape, values.dtype) == ((3, *shape), np.float16)
-        assert (values == np.array([5.0, 3.75, 5.0]).reshape(3, *(1 for _ in shape))).all()
+def test_length_and_membership_are_those_of_images_with_features(drawn_cache: Path) -> None:
+    cache = FeatureCache.open(drawn_cache)
+    assert len(cache) == 9
+    assert 3 in cache
+    assert np.int64(3) in cache
+    assert QUARANTINED not in cache
+    assert 77 not in cache
+    assert "3" not in cache
 
 
-def test_buffers_are_filled_in_place_and_may_be_larger(finished: Path) -> None:
-    cache = FeatureCache.open(finished)
+def test_what_is_given_out_may_be_changed_without_harm(drawn_cache: Path) -> None:
+    cache = FeatureCache.open(drawn_cache)
+    cache.image_ids[:] = 0
+    cache.images.clear()
+    cache.sizes.clear()
+    assert cache.image_ids.tolist() == IMAGE_IDS
+    assert len(cache.images) == len(cache.sizes) == 10
+
+
+# Reading.
+
+
+@given(image_ids=st.lists(st.sampled_from(IMAGE_IDS), max_size=12))
+@settings(max_examples=25)
+def test_features_come_in_the_order_asked_for(
+    any_drawing: Any, drawn_cache: Path, image_ids: list[int]
+) -> None:
+    any_drawing.require_features(FeatureCache.open(str(drawn_cache)), image_ids)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_ids_may_come_in_any_sequence(drawing: Any, tmp_path: Path, kind: Callable[..., Any]) -> None:
+    drawing.extract(tmp_path, range(4))
+    assert FeatureCache.open(tmp_path).read(kind([2, 0])).image_ids.tolist() == [2, 0]
+
+
+def test_buffers_are_filled_in_place_and_may_be_larger(any_drawing: Any, drawn_cache: Path) -> None:
+    cache = FeatureCache.open(drawn_cache)
     buffers = cache.allocate(3)
-    batch = cache.read([10, 50], buffers)
-    assert (batch.sam.shape[0], batch.image_ids.tolist()) == (2, [10, 50])
-    for name in ("image_ids", *SHAPES):
-        assert np.shares_memory(getattr(batch, name), getattr(buffers, name))
-    assert (buffers.clip[:, 0, 0] == [1.25, 6.25, 0]).all()
+    batch = cache.read([1, 6], out=buffers)
+    assert (len(batch), len(batch.sam), batch.image_ids.tolist()) == (2, 2, [1, 6])
+    assert np.shares_memory(batch.image_ids, buffers.image_ids)
+    for name, expected in any_drawing.stored([1, 6]).items():
+        assert np.shares_memory(batch.stored[name], buffers.stored[name])
+        np.testing.assert_array_equal(buffers.stored[name][:2], expected)
+        assert not buffers.stored[name][2].any()
     with pytest.raises(ShapeError, match="hold 3 images; 4 were asked for"):
-        cache.read([10, 50, 10, 50], buffers)
+        cache.read([1, 6, 1, 6], out=buffers)
 
 
-def test_no_images_give_an_empty_batch(finished: Path) -> None:
-    assert FeatureCache.open(finished).read([]).sam.shape == (0, 2, 3, 3)
+def test_batches_without_buffers_are_memory_of_their_own(any_drawing: Any, drawn_cache: Path) -> None:
+    cache = FeatureCache.open(drawn_cache)
+    first = cache.read([1])
+    cache.read([2])
+    assert first.sam.tobytes() == any_drawing.stored([1])["sam"].tobytes()
 
 
-def test_unknown_images_are_listed(finished: Path) -> None:
+def test_no_images_give_an_empty_batch(drawn_cache: Path) -> None:
+    batch = FeatureCache.open(drawn_cache).read([])
+    assert (len(batch), batch.sam.shape) == (0, (0, 2, 3, 3))
+    assert batch.decoded()["clip"].shape == (0, 4, 2)
+
+
+def test_unknown_images_are_listed(root: Path) -> None:
+    cache = FeatureCache.open(root)
     with pytest.raises(CacheMissError, match=r"images 11, 12\. Add them with `ris extract`") as caught:
-        FeatureCache.open(finished).read([10, 11, 12, 11])
+        cache.read([1, 11, 12, 11])
     assert caught.value.facts["image_ids"] == [11, 12]
     with pytest.raises(CacheMissError, match="and 90 more"):
-        FeatureCache.open(finished).read(range(1000, 1100))
+        cache.read(range(1000, 1100))
 
 
-def test_a_quarantined_image_is_refused_with_its_reason(finished: Path) -> None:
-    with pytest.raises(CacheMissError, match="20: not a JPEG file") as caught:
-        FeatureCache.open(finished).read([10, QUARANTINED])
-    assert caught.value.facts["reasons"] == {QUARANTINED: "not a JPEG file"}
+def test_a_quarantined_image_is_refused_with_its_reason(root: Path) -> None:
+    with pytest.raises(CacheMissError, match="5: cut off in the middle") as caught:
+        FeatureCache.open(root).read([1, QUARANTINED])
+    assert caught.value.facts["reasons"] == {QUARANTINED: "cut off in the middle"}
 
 
-def test_tables_categories_and_heads_are_read(finished: Path) -> None:
-    cache = FeatureCache.open(finished)
-    (expression,) = cache.expressions("refcoco+.unc")
-    assert (expression.raw, expression.ann_ids, expression.category_id) == ("Cup!", (7,), 47)
+def test_advice_changes_nothing_and_passes_over_what_is_not_there(either_drawing: Any, root: Path) -> None:
+    cache = FeatureCache.open(root)
+    cache.advise([1, 77, QUARANTINED, 9])
+    cache.advise([])
+    either_drawing.require_features(cache, [1, 9])
+
+
+def test_tables_categories_and_heads_are_read(root: Path) -> None:
+    cache = FeatureCache.open(root)
+    expression = cache.expressions(TABLE)[3]
+    assert (expression.raw, expression.ann_ids, expression.category_id) == ("A cup", (1003,), 47)
     assert expression.clip_category_id == 1
-    assert cache.instances("refcoco+.unc")[7].segmentation == ((0.0, 0.0, 1.0, 0.0, 1.0, 1.0),)
-    categories = cache.categories(cache.manifest.datasets["refcoco+.unc"].category_set)
-    assert (categories.ids, categories.names, categories.template) == ((47,), ("cup",), "a {}.")
-    assert categories.embeddings.dtype == np.float32
+    assert cache.instances(TABLE)[1003].segmentation == ((0.0, 0.0, 9.5, 0.0, 9.5, 9.5),)
+    categories = cache.categories(cache.manifest.datasets[TABLE].category_set)
+    assert (categories.ids, categories.names) == ((1, 47), ("person", "cup"))
+    assert (categories.template, categories.embeddings.dtype) == ("a photo of a {}.", np.float32)
     heads = cache.sam_heads()
-    assert heads["scale"].shape == ()
-    assert heads["weight"].shape == (2, 3)
+    assert (heads["scale"].shape, heads["mask_tokens"].shape) == ((), (3, 2))
 
 
-def test_a_missing_table_or_category_set_lists_those_there_are(finished: Path) -> None:
-    cache = FeatureCache.open(finished)
+def test_a_missing_table_or_category_set_lists_those_there_are(root: Path) -> None:
+    cache = FeatureCache.open(root)
     for read in (cache.expressions, cache.instances):
-        with pytest.raises(CacheMissError, match=r"no table 'refcoco\.unc'; it has refcoco\+\.unc"):
-            read("refcoco.unc")
+        with pytest.raises(CacheMissError, match=r"no table 'refcoco\+\.unc'; it has refcoco\.unc"):
+            read("refcoco+.unc")
     with pytest.raises(CacheMissError, match="no category set 'lvis'; it has coco"):
         cache.categories("lvis")
 
 
-def test_a_cache_without_heads_says_so(tmp_path: Path) -> None:
-    CacheWriter.create(tmp_path, FINGERPRINT, preset="tiny", shapes=SHAPES, weights={}).finish()
-    with pytest.raises(CacheMissError, match=r"sam_heads\.safetensors"):
+def test_a_cache_without_heads_says_so(drawing: Any, tmp_path: Path) -> None:
+    drawing.open(tmp_path, []).finish(lambda draft: None)
+    with pytest.raises(CacheMissError, match=r"sam_heads\.safetensors.*ris extract"):
         FeatureCache.open(tmp_path).sam_heads()
 
 
-def test_no_directory_no_cache(tmp_path: Path) -> None:
-    with pytest.raises(CacheMissError, match=r"no cache at .*ris extract"):
-        FeatureCache.open(tmp_path / "feats")
+# Reading never writes.
 
 
-def test_an_empty_directory_is_unfinished(tmp_path: Path) -> None:
-    with pytest.raises(IncompleteCacheError, match=r"is empty.*ris extract"):
-        FeatureCache.open(tmp_path)
+def test_reading_creates_nothing_and_opens_nothing_for_writing(root: Path) -> None:
+    """Shown in a process of its own, whose every call to open a file is looked at."""
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in root.rglob("*")}
+    code = f"""
+import os, sys
+asked = []
+writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+changing = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate",
+            "os.chmod", "os.utime", "fcntl.flock", "fcntl.lockf")
+def look(event, arguments):
+    if event == "open" and arguments[2] & writing:
+        asked.append((event, arguments))
+    elif event in changing:
+        asked.append((event, arguments))
+sys.dont_write_bytecode = True
+sys.addaudithook(look)
+from ris_cache import FeatureCache
+cache = FeatureCache.open({str(root)!r})
+cache.read([1, 4, 9])
+cache.advise([1, 2])
+list(cache.prefetch([[1], [2]]))
+cache.expressions({TABLE!r}), cache.instances({TABLE!r}), cache.categories("coco"), cache.sam_heads()
+ours = [one for one in asked if {str(root)!r} in str(one) or one[0].startswith("fcntl")]
+assert not ours, ours
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in root.rglob("*")} == before
 
 
-def test_an_unfinished_extraction_is_told_from_other_directories(tmp_path: Path) -> None:
-    CacheWriter.create(tmp_path / "feats", FINGERPRINT, preset="tiny", shapes=SHAPES, weights={})
-    with pytest.raises(IncompleteCacheError, match=r"not finished.*ris extract"):
-        FeatureCache.open(tmp_path / "feats")
-    with pytest.raises(CacheError, match=r"is not a cache.*ris extract") as caught:
-        FeatureCache.open(tmp_path)
-    assert not isinstance(caught.value, IncompleteCacheError)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CacheError, match=r"is a file.*ris extract"):
-        FeatureCache.open(tmp_path / "file")
-
-
-def test_a_newer_format_and_a_damaged_manifest_are_told_apart(root: Path) -> None:
-    edit_manifest(root, format_version=2)
-    with pytest.raises(CacheError, match="Update ris") as caught:
-        FeatureCache.open(root)
-    assert not isinstance(caught.value, CorruptShardError)
-    (root / "manifest.json").write_bytes((root / "manifest.json").read_bytes()[:-20])
-    with pytest.raises(CorruptShardError, match=r"manifest\.json is damaged.*ris extract"):
-        FeatureCache.open(root)
-
-
-@pytest.mark.parametrize(
-    "relative",
-    [
-        "images.parquet",
-        "sam_heads.safetensors",
-        "expressions/refcoco+.unc.parquet",
-        "categories/coco.json",
-        "features.zarr/clip/zarr.json",
-        "features.zarr/sam/c/1/0/0/0",
-    ],
-)
-def test_every_missing_file_is_named(root: Path, relative: str) -> None:
-    (root / relative).unlink()
-    with pytest.raises(CorruptShardError, match=r"lacks files of its manifest.*ris extract") as caught:
-        FeatureCache.open(root)
-    assert caught.value.facts["missing"] == [relative]
-
-
-def test_a_file_that_the_manifest_should_list_is_required(root: Path) -> None:
-    document = json.loads((root / "manifest.json").read_bytes())
-    del document["files"]["instances/refcoco+.unc.parquet"]
-    edit_manifest(root, files=document["files"])
-    with pytest.raises(CorruptShardError, match=r"instances/refcoco\+\.unc\.parquet"):
-        FeatureCache.open(root)
-
-
-def test_a_truncated_shard_is_noticed_when_opening(root: Path) -> None:
-    shard = root / "features.zarr" / "sam" / "c" / "1" / "0" / "0" / "0"
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(CorruptShardError, match=r"sam/c/1/0/0/0 has \d+ bytes, but the manifest says"):
-        FeatureCache.open(root)
-
-
-def test_a_flipped_byte_in_an_index_is_noticed_when_reading(root: Path) -> None:
-    shard = root / "features.zarr" / "sam" / "c" / "1" / "0" / "0" / "0"
-    content = bytearray(shard.read_bytes())
-    content[-10] ^= 1
-    shard.write_bytes(bytes(content))
-    cache = FeatureCache.open(root)
-    cache.read([30])
-    with pytest.raises(CorruptShardError, match="sam/c/1/0/0/0"):
-        cache.read([50])
-
-
-def test_arrays_of_another_shape_than_the_manifest_says_are_noticed(root: Path) -> None:
-    edit_manifest(root, arrays={"sam": [2, 3, 3], "clip": [4, 2], "clip_pooled": [6]})
-    with pytest.raises(CorruptShardError, match="clip_pooled"):
-        FeatureCache.open(root)
-
-
-def test_a_symbolic_link_out_of_the_cache_is_refused(root: Path, tmp_path: Path) -> None:
-    (root / "images.parquet").rename(tmp_path / "elsewhere.parquet")
-    (root / "images.parquet").symlink_to(tmp_path / "elsewhere.parquet")
-    with pytest.raises(CorruptShardError, match="symbolic link"):
-        FeatureCache.open(root)
-
-
-def test_a_path_out_of_the_cache_is_refused(root: Path) -> None:
-    document = json.loads((root / "manifest.json").read_bytes())
-    edit_manifest(root, files=document["files"] | {"../../etc/passwd": {"bytes": 1, "sha256": "0" * 64}})
-    with pytest.raises(CorruptShardError, match="plain relative path"):
-        FeatureCache.open(root)
-
-
-def test_reading_writes_nothing(root: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    for directory in (root, *(path for path in root.rglob("*") if path.is_dir())):
-        directory.chmod(0o555)
-    try:
-        cache = FeatureCache.open(root)
-        cache.read([30, 50])
-        cache.expressions("refcoco+.unc")
-        cache.categories("coco")
-        cache.sam_heads()
-        assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
-    finally:
-        for directory in (root, *(path for path in root.rglob("*") if path.is_dir())):
-            directory.chmod(0o755)
+# Processes and threads.
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_cache_travels_to_worker_processes(finished: Path, method: str) -> None:
-    cache = FeatureCache.open(finished)
-    cache.read([30])
+def test_a_cache_travels_to_worker_processes(either_drawing: Any, root: Path, method: str) -> None:
+    cache = FeatureCache.open(root)
+    cache.read([0])
     context = multiprocessing.get_context(method)
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        batch = pool.submit(cache.read, [50, 10]).result(timeout=60)
-    assert (batch.sam[:, 0, 0, 0] == [6.25, 1.25]).all()
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        futures = [pool.submit(cache.read, [image_id, 1]) for image_id in IMAGE_IDS]
+        for image_id, future in zip(IMAGE_IDS, futures, strict=True):
+            batch = future.result(timeout=60)
+            for name, expected in either_drawing.stored([image_id, 1]).items():
+                np.testing.assert_array_equal(batch.stored[name], expected)
 
 
-def test_threads_read_at_the_same_time(finished: Path) -> None:
-    cache = FeatureCache.open(finished)
+def test_a_cache_open_before_a_fork_is_read_on_both_sides(either_drawing: Any, root: Path) -> None:
+    """Inherited, not pickled, as the workers of a data loader have it."""
+    cache = FeatureCache.open(root)
+    either_drawing.require_features(cache, [0, 9])
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=either_drawing.require_features, args=(cache, IMAGE_IDS))
+    child.start()
+    either_drawing.require_features(cache, IMAGE_IDS)
+    child.join(timeout=60)
+    assert child.exitcode == 0
+
+
+def test_threads_read_at_the_same_time(either_drawing: Any, root: Path) -> None:
+    cache = FeatureCache.open(root, integrity="every-read")
     with ThreadPoolExecutor(8) as pool:
-        wanted = [[30, 10, 50, 40][number % 4] for number in range(100)]
-        found = list(pool.map(lambda image_id: cache.read([image_id]).clip[0, 0, 0], wanted))
-    assert found == [value_of(image_id) for image_id in wanted]
+        futures = [
+            pool.submit(either_drawing.require_features, cache, [IMAGE_IDS[number % 9], 3])
+            for number in range(200)
+        ]
+        for future in futures:
+            future.result(timeout=60)
 
 
-def test_a_relative_path_survives_a_change_of_directory(
-    finished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(finished.parent)
-    cache = FeatureCache.open("feats")
-    monkeypatch.chdir("/")
-    assert pickle.loads(pickle.dumps(cache)).read([10]).clip[0, 0, 0] == 1.25
+@pytest.mark.parametrize("integrity", ["off", "first-open", "every-read"])
+def test_a_pickled_cache_keeps_its_policy(root: Path, integrity: Any) -> None:
+    cache = pickle.loads(pickle.dumps(FeatureCache.open(root, integrity=integrity)))
+    assert cache.__reduce__()[1] == (root, integrity)
 
 
 def test_importing_errors_or_the_package_loads_nothing_heavy() -> None:
     code = (
         "import sys, ris_cache, ris_cache.errors\n"
-        "heavy = {'torch', 'zarr', 'pyarrow', 'pydantic', 'numpy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'zarr', 'h5py', 'pyarrow', 'pydantic', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert 'FeatureCache' in dir(ris_cache)\n"
         "from ris_cache import FeatureCache, CacheWriter, FeatureBatch, cache_fingerprint\n"
-        "assert 'torch' not in sys.modules and 'zarr' not in sys.modules\n"
+        "heavy = {'torch', 'zarr', 'h5py'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
         "try:\n"
         "    ris_cache.no_such_name\n"
         "except AttributeError as error:\n"
@@ -345,3 +257,15 @@ def test_importing_errors_or_the_package_loads_nothing_heavy() -> None:
         "    raise SystemExit('no AttributeError')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ), timeout=60)
+
+
+def test_reading_loads_neither_torch_nor_the_libraries_of_the_format(root: Path) -> None:
+    code = (
+        "import sys\n"
+        "from ris_cache import FeatureCache\n"
+        f"cache = FeatureCache.open({str(root)!r})\n"
+        "cache.read([1, 9]).decoded()\n"
+        "assert not {'torch', 'zarr'} & set(sys.modules)\n"
+        "assert ('h5py' in sys.modules) == (cache.manifest.backend == 'hdf5')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

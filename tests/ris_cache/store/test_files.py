@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import pytest
 
-from ris_cache.errors import ConfigError, CorruptShardError
+from ris_cache.errors import CorruptShardError
 from ris_cache.store import files
 
 
@@ -103,29 +103,74 @@ def test_a_symbolic_link_out_of_the_cache_is_refused(tmp_path: Path) -> None:
 def test_a_link_to_the_whole_cache_is_welcome(tmp_path: Path) -> None:
     (tmp_path / "feats").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "feats")
-    assert files.safe_join(tmp_path / "link", "images.parquet") == tmp_path / "link" / "images.parquet"
+    joined = files.safe_join(tmp_path / "link", "images/pool.parquet")
+    assert joined == tmp_path / "link" / "images" / "pool.parquet"
 
 
-def test_an_update_is_pending_only_once_its_manifest_is_there(tmp_path: Path) -> None:
-    files.write_atomically(tmp_path / "pending" / "images.parquet", b"new")
-    assert not files.has_pending(tmp_path)
-    files.write_atomically(tmp_path / "pending" / "manifest.json", b"{}")
-    assert files.has_pending(tmp_path)
-    files.commit_pending(tmp_path)
-    assert (tmp_path / "images.parquet").read_bytes() == b"new"
-    assert sorted(child.name for child in tmp_path.iterdir()) == ["images.parquet", "manifest.json"]
+def test_a_link_within_the_cache_is_welcome(tmp_path: Path) -> None:
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features" / "00000.h5").write_bytes(b"")
+    (tmp_path / "features" / "00001.h5").symlink_to("00000.h5")
+    assert files.safe_join(tmp_path, "features/00001.h5") == tmp_path / "features" / "00001.h5"
 
 
-def test_starting_over_removes_what_an_extraction_writes_and_nothing_else(tmp_path: Path) -> None:
-    files.prepare_fresh(tmp_path)
-    files.write_atomically(tmp_path / "features.zarr" / "sam" / "zarr.json", b"{}")
-    (tmp_path / "notes.txt").write_text("mine")
-    files.prepare_fresh(tmp_path)
-    assert sorted(child.name for child in tmp_path.iterdir()) == ["extraction.json", "notes.txt"]
+def test_another_content_gets_another_name() -> None:
+    names = {files.table_file("images", "pool", content) for content in (b"", b"a", b"b", b"a")}
+    assert len(names) == 3
+    assert all(files.is_safe_relative(name) for name in names)
+    digest = hashlib.sha256(b"a").hexdigest()[:12]
+    assert (
+        files.table_file("expressions", "refcoco+.unc", b"a") == f"expressions/refcoco+.unc.{digest}.parquet"
+    )
 
 
-def test_a_directory_with_other_files_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "features.zarr").mkdir()
-    with pytest.raises(ConfigError, match="new or empty directory"):
-        files.prepare_fresh(tmp_path)
-    assert [child.name for child in tmp_path.iterdir()] == ["features.zarr"]
+def test_a_file_is_temporary_exactly_while_it_is_written(tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    def look(file: BinaryIO) -> None:
+        (path,) = (tmp_path / "a").iterdir()
+        seen.append(files.is_temporary(path.relative_to(tmp_path).as_posix()))
+
+    files.write_atomically(tmp_path / "a" / "pool.parquet", look)
+    assert seen == [True]
+    assert not files.is_temporary("a/pool.parquet")
+
+
+def put(root: Path, *relatives: str) -> None:
+    for relative in relatives:
+        (root / relative).parent.mkdir(parents=True, exist_ok=True)
+        (root / relative).write_bytes(b"")
+
+
+def test_the_files_of_a_cache_are_those_of_its_directories(tmp_path: Path) -> None:
+    own = ["features/00000.h5", "features.zarr/sam/c/0/0", "images/pool.parquet", "categories/coco.json"]
+    own += [
+        "expressions/a.b.parquet",
+        "instances/a.b.parquet",
+        "sam_heads.safetensors",
+        ".manifest.json.7.tmp",
+    ]
+    put(tmp_path, *own, "manifest.json", ".lock", "extraction/plan.json", "notes.txt", "mine/notes.txt")
+    found = files.all_files(tmp_path)
+    assert set(found) == set(own)
+    assert all(path == tmp_path / relative for relative, path in found.items())
+
+
+def test_removing_files_takes_the_directories_that_this_leaves_empty(tmp_path: Path) -> None:
+    put(tmp_path, "features.zarr/sam/c/0/0", "features.zarr/sam/c/1/0", "images/pool.parquet")
+    files.remove_files(tmp_path, ["features.zarr/sam/c/0/0", "images/pool.parquet", "images/absent.parquet"])
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert left == [
+        "features.zarr",
+        "features.zarr/sam",
+        "features.zarr/sam/c",
+        "features.zarr/sam/c/1",
+        "features.zarr/sam/c/1/0",
+    ]
+
+
+def test_removing_every_file_leaves_the_cache_directory(tmp_path: Path) -> None:
+    root = tmp_path / "feats"
+    put(root, "images/pool.parquet")
+    files.remove_files(root, ["images/pool.parquet"])
+    assert list(root.iterdir()) == []

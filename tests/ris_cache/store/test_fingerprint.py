@@ -92,8 +92,10 @@ def test_a_value_that_json_cannot_hold_is_refused_by_path(value: object) -> None
 
 def test_a_mismatch_names_each_field_with_both_values_and_what_to_do() -> None:
     weights = {"sam": {"sha256": "aa"}}
-    expected = cache_fingerprint(PAPER, weights, dtype="float16")
-    found = cache_fingerprint(TINY, {"sam": {"sha256": "aa", "seed": 0}}, dtype="float32")
+    expected = cache_fingerprint(PAPER, weights, arithmetic="float32", dtype="float16")
+    found = cache_fingerprint(
+        TINY, {"sam": {"sha256": "aa", "seed": 0}}, arithmetic="bfloat16", dtype="float32"
+    )
     with pytest.raises(FingerprintMismatchError) as caught:
         require_match(expected, found, where="./feats")
     message = str(caught.value)
@@ -105,22 +107,42 @@ def test_a_mismatch_names_each_field_with_both_values_and_what_to_do() -> None:
         1024,
         128,
     )
+    assert (by_path["arithmetic"].expected, by_path["arithmetic"].found) == ("float32", "bfloat16")
     assert by_path["weights.sam.seed"].expected is MISSING
     assert by_path["encoders.sam.global_attn_indexes"].expected == [2, 5, 8, 11]
     assert "weights.sam.sha256" not in by_path
     assert caught.value.facts["expected"] == expected.digest
 
 
-def test_equal_settings_match() -> None:
-    require_match(
-        cache_fingerprint(TINY, {}, dtype="float16"), cache_fingerprint(TINY, {}, dtype="float16"), where="x"
-    )
-
-
-def test_the_dtype_and_the_weights_change_the_digest() -> None:
-    digests = {
-        cache_fingerprint(TINY, {"sam": {"seed": seed}}, dtype=dtype).digest
-        for seed in (0, 1)
-        for dtype in ("float16", "float32")
+def make(**changes: Any) -> Fingerprint:
+    values: dict[str, Any] = {
+        "spec": TINY,
+        "weights": {"sam": {"seed": 0}},
+        "arithmetic": "float32",
+        "dtype": "float16",
+        "rounded_through": (),
     }
-    assert len(digests) == 4
+    values |= changes
+    return cache_fingerprint(values.pop("spec"), values.pop("weights"), **values)
+
+
+def test_equal_settings_match() -> None:
+    require_match(make(), make(), where="x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({"weights": {"sam": {"seed": 1}}}, "weights.sam.seed"),
+        ({"arithmetic": "float16"}, "arithmetic"),
+        ({"dtype": "float32"}, "dtype"),
+        ({"rounded_through": ["int8"]}, "rounded_through"),
+    ],
+)
+def test_whatever_changes_the_numbers_changes_the_digest(changes: dict[str, Any], path: str) -> None:
+    assert make(**changes).digest != make().digest
+    assert [difference.path for difference in differences(make(), make(**changes))] == [path]
+
+
+def test_how_int8_codes_come_about_is_part_of_the_fingerprint() -> None:
+    assert make(dtype="int8").fields["quantiser"] != make(dtype="float16").fields["quantiser"] == "none"

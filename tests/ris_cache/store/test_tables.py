@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ris_cache.datasets.records import ExpressionRecord, InstanceRecord, Rle
-from ris_cache.errors import CorruptShardError, DataError, ShapeError
-from ris_cache.store import merging, tables
+from ris_cache.errors import CorruptShardError, ShapeError
+from ris_cache.store import tables
 
 IDS = st.integers(-(2**63), 2**63 - 1)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -95,26 +97,48 @@ def test_instances_come_back_by_ann_id_with_their_segmentation() -> None:
     assert tables.read_instances(table) == {3: crowd, 9: instance(9)}
 
 
-def test_images_are_stored_by_row_with_their_status(tmp_path: Path) -> None:
+IMAGES = st.builds(
+    tables.CachedImage,
+    image_id=IDS,
+    namespace=st.sampled_from(["coco", "o365"]),
+    row=st.integers(0, 2**63 - 1),
+    file_name=TEXT,
+    height=st.integers(1, 2**31 - 1),
+    width=st.integers(1, 2**31 - 1),
+    sha256=st.none() | st.text("0123456789abcdef", min_size=64, max_size=64),
+    reason=st.none() | TEXT,
+    crc32c=st.lists(st.integers(0, 2**32 - 1), max_size=4).map(tuple),
+)
+
+
+@given(st.lists(IMAGES, max_size=6))
+def test_images_come_back_by_row(images: list[tables.CachedImage]) -> None:
+    content = tables.table_bytes(tables.images_table(images))
+    table = tables.read_table(BytesIO(content), tables.IMAGES)
+    assert tables.read_images(table) == sorted(images, key=lambda image: image.row)
+    assert tables.table_bytes(table) == content
+
+
+def test_the_status_says_whether_there_are_features() -> None:
     good = tables.CachedImage(
-        image_id=5, namespace="coco", row=1, file_name="a.jpg", height=3, width=4, sha256="ab", reason=None
-    )
-    bad = tables.CachedImage(
-        image_id=2,
+        image_id=5,
         namespace="coco",
-        row=0,
-        file_name="b.jpg",
+        row=1,
+        file_name="a.jpg",
         height=3,
         width=4,
-        sha256=None,
-        reason="cut off",
+        sha256="ab",
+        reason=None,
+        crc32c=(1, 2),
     )
-    path = tmp_path / "images.parquet"
-    path.write_bytes(tables.table_bytes(tables.images_table([good, bad])))
-    table = tables.read_table(path, tables.IMAGES)
-    assert table.column("status").to_pylist() == ["quarantined", "ok"]
-    assert tables.read_images(table) == [bad, good]
+    bad = replace(good, image_id=2, row=0, sha256=None, reason="cut off", crc32c=())
+    assert tables.images_table([good, bad]).column("status").to_pylist() == ["quarantined", "ok"]
     assert (bad.is_quarantined, good.is_quarantined) == (True, False)
+
+
+def test_a_table_read_from_memory_is_named_as_asked() -> None:
+    with pytest.raises(CorruptShardError, match=r"feats/images\.parquet cannot be read"):
+        tables.read_table(BytesIO(b"PAR1"), tables.IMAGES, name=Path("feats/images.parquet"))
 
 
 def test_a_table_with_other_columns_is_refused_by_name(tmp_path: Path) -> None:
@@ -157,41 +181,6 @@ def test_a_whole_dataset_takes_about_a_second() -> None:
     seconds = time.perf_counter() - start
     assert len(found) == 142_000
     assert seconds < 15  # about 1.2 s on an idle machine; the rest is for a busy one
-
-
-def test_new_splits_join_known_ones_and_known_predictions_stay() -> None:
-    known = tables.expressions_table([expression(0, "val"), expression(1, "val")], [1, 2])
-    added = tables.expressions_table(
-        [expression(8, "train"), expression(0, "val"), expression(1, "val")], [9, 8, 7]
-    )
-    merged = merging.merge_expressions("refcoco.unc", known, added)
-    assert merged.column("sent_id").to_pylist() == [0, 1, 8]
-    assert merged.column("clip_category_id").to_pylist() == [1, 2, 9]
-    counts = merging.count_splits(merged)
-    assert list(counts) == ["val", "train"]
-    assert (counts["val"].expressions, counts["val"].refs, counts["val"].images) == (2, 1, 1)
-
-
-def test_a_known_split_with_other_expressions_is_refused() -> None:
-    known = tables.expressions_table([expression(0, "val")], [1])
-    added = tables.expressions_table([expression(0, "val", sent="another cup")], [1])
-    with pytest.raises(DataError, match=r"refcoco\.unc:val"):
-        merging.merge_expressions("refcoco.unc", known, added)
-
-
-def test_instances_are_united() -> None:
-    known = tables.instances_table([instance(5), instance(1)])
-    added = tables.instances_table([instance(3), instance(5)])
-    merged = merging.merge_instances("refcoco.unc", known, added)
-    assert merged.column("ann_id").to_pylist() == [1, 3, 5]
-
-
-def test_an_instance_that_changed_is_refused() -> None:
-    known = tables.instances_table([instance(4), instance(5)])
-    with pytest.raises(DataError, match="instance 5 is annotated otherwise"):
-        merging.merge_instances(
-            "x.y", known, tables.instances_table([instance(4), instance(5, category_id=2)])
-        )
 
 
 def test_a_category_set_comes_back(tmp_path: Path) -> None:

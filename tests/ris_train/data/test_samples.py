@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from ris_cache.datasets.selection import parse_selections
 from ris_cache.errors import CacheMissError
-from ris_cache.store import files, tables
 from ris_cache.store.cache import FeatureCache
+from ris_cache.store.draft import CacheDraft
 from ris_train.data.samples import Sample, SampleSet, load_samples, shuffle_expressions
 
 TABLE = "refcoco.unc"
@@ -87,12 +87,9 @@ def test_expressions_of_quarantined_images_are_left_out_and_counted(tiny_cache: 
     shutil.copytree(tiny_cache, root)
     whole = load(FeatureCache.open(root), "refcoco:val")
     bad = whole.samples[0].image_id
-    path = root / files.IMAGES_NAME
-    images = [
-        replace(image, reason="cut off in the middle") if image.image_id == bad else image
-        for image in tables.read_images(tables.read_table(path, tables.IMAGES))
-    ]
-    path.write_bytes(tables.table_bytes(tables.images_table(images)))
+    draft = CacheDraft.of(root)
+    draft.replace_images([replace(draft.images[bad], reason="cut off in the middle", crc32c=())])
+    draft.commit()
 
     cache = FeatureCache.open(root)
     found = load(cache, "refcoco:val")

@@ -1,0 +1,242 @@
+"""Reading ahead: the same batches as reading, in bounded memory, and nothing left behind."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ris_cache.errors import CacheMissError, ConfigError, CorruptShardError
+from ris_cache.store.batch import FeatureBatch
+from ris_cache.store.cache import FeatureCache
+
+pytestmark = [
+    pytest.mark.usefixtures("no_waiting_for_the_disk", "threads_end"),
+    pytest.mark.filterwarnings("error"),
+]
+
+IMAGE_IDS = list(range(20))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, drawing: Any) -> Path:
+    path: Path = tmp_path_factory.mktemp("prefetch") / "feats"
+    drawing.extract(path, IMAGE_IDS)
+    return path
+
+
+@pytest.fixture
+def cache(root: Path) -> FeatureCache:
+    return FeatureCache.open(root)
+
+
+def require_same(cache: FeatureCache, found: FeatureBatch, image_ids: Sequence[int]) -> None:
+    expected = cache.read(image_ids)
+    assert found.image_ids.tolist() == list(image_ids)
+    for name, array in expected.stored.items():
+        np.testing.assert_array_equal(found.stored[name], array)
+
+
+class Recorded:
+    """Counts what prefetching asks of a cache."""
+
+    def __init__(self, cache: FeatureCache, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.allocated: list[int] = []
+        self.read: list[tuple[int, ...]] = []
+        self.advised: list[tuple[int, ...]] = []
+        self.reading_at_once: list[int] = []
+        self._now = 0
+        self._lock = threading.Lock()
+        real_allocate, real_read = FeatureCache.allocate, FeatureCache.read
+
+        def allocate(cache: FeatureCache, batch_size: int, *, pinned: bool = False) -> FeatureBatch:
+            self.allocated.append(batch_size)
+            assert not pinned
+            return real_allocate(cache, batch_size, pinned=pinned)
+
+        def read(cache: FeatureCache, ids: Sequence[int], out: FeatureBatch | None = None) -> FeatureBatch:
+            with self._lock:
+                self._now += 1
+                self.reading_at_once.append(self._now)
+            time.sleep(0.002)
+            try:
+                self.read.append(tuple(ids))
+                return real_read(cache, ids, out)
+            finally:
+                with self._lock:
+                    self._now -= 1
+
+        monkeypatch.setattr(FeatureCache, "allocate", allocate)
+        monkeypatch.setattr(FeatureCache, "read", read)
+        monkeypatch.setattr(FeatureCache, "advise", lambda cache, ids: self.advised.append(tuple(ids)))
+
+
+@given(
+    batches=st.lists(st.lists(st.sampled_from(IMAGE_IDS), max_size=6), max_size=8),
+    depth=st.integers(1, 4),
+    threads=st.integers(1, 3),
+    read_ahead=st.integers(0, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_batches_are_those_of_reading_in_order(
+    root: Path, batches: list[list[int]], depth: int, threads: int, read_ahead: int
+) -> None:
+    cache = FeatureCache.open(root)
+    found = cache.prefetch(batches, depth=depth, threads=threads, read_ahead=read_ahead)
+    for image_ids, batch in itertools.zip_longest(batches, found):
+        require_same(cache, batch, image_ids)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_batch_stays_intact_until_the_next_is_asked_for(cache: FeatureCache, threads: int) -> None:
+    """The readers run ahead meanwhile, so whatever they could overwrite they would."""
+    batches = [[number % 20, (number * 7) % 20] for number in range(30)]
+    for image_ids, batch in zip(batches, cache.prefetch(batches, depth=3, threads=threads), strict=True):
+        time.sleep(0.003)
+        require_same(cache, batch, image_ids)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_memory_is_one_buffer_more_than_the_depth(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    recorded = Recorded(cache, monkeypatch)
+    seen = {
+        batch.sam.__array_interface__["data"][0]
+        for batch in cache.prefetch([[number % 20] for number in range(40)], depth=depth, threads=2)
+    }
+    assert len(recorded.allocated) == len(seen) == depth + 1
+
+
+def test_buffers_grow_to_the_largest_batch_and_stay(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = Recorded(cache, monkeypatch)
+    sizes = [2, 5, 1, 5, 3, 2, 5, 1, 0, 4, 5]
+    found = [len(batch) for batch in cache.prefetch([IMAGE_IDS[:size] for size in sizes], depth=2)]
+    assert found == sizes
+    assert max(recorded.allocated) == 5
+    assert len(recorded.allocated) <= 3 + 2  # three buffers, of which the small ones are replaced once
+
+
+def test_the_disk_is_asked_in_advance_and_no_further_than_said(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = Recorded(cache, monkeypatch)
+    taken = 0
+
+    def endless() -> Iterator[list[int]]:
+        nonlocal taken
+        for number in itertools.count():
+            taken += 1
+            yield [number % 20]
+
+    batches = cache.prefetch(endless(), depth=2, read_ahead=3)
+    next(batches)
+    assert taken == len(recorded.advised) == 2 + 3
+    next(batches)
+    assert taken == len(recorded.advised) == 2 + 3 + 1
+    assert recorded.advised == [(number,) for number in range(6)]
+    batches.close()  # type: ignore[attr-defined]
+    assert len(recorded.read) <= 3
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_as_many_threads_read_as_asked_for(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    recorded = Recorded(cache, monkeypatch)
+    for _ in cache.prefetch([[number] for number in range(20)], depth=4, threads=threads):
+        pass
+    assert max(recorded.reading_at_once) == threads
+
+
+def test_nothing_is_read_before_the_first_batch_is_asked_for(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = Recorded(cache, monkeypatch)
+    cache.prefetch([[1], [2]])
+    assert recorded.read == recorded.advised == []
+
+
+def test_an_unknown_image_fails_where_its_batch_would_have_come(cache: FeatureCache) -> None:
+    batches = cache.prefetch([[1], [2], [3, 77], [4]], depth=3, threads=2)
+    for image_ids in ([1], [2]):
+        require_same(cache, next(batches), image_ids)
+    with pytest.raises(CacheMissError, match="images 77"):
+        next(batches)
+    assert list(batches) == []
+
+
+def test_damage_fails_where_its_batch_would_have_come(drawing: Any, tmp_path: Path) -> None:
+    drawing.extract(tmp_path, range(8))
+    shard = tmp_path / "features.zarr" / "sam" / "c" / "1" / "0" / "0" / "0"
+    content = bytearray(shard.read_bytes())
+    content[0] ^= 1  # image 4
+    shard.write_bytes(content)
+    cache = FeatureCache.open(tmp_path)
+    batches = cache.prefetch([[0], [1], [4], [5]], depth=4)
+    require_same(cache, next(batches), [0])
+    require_same(cache, next(batches), [1])
+    with pytest.raises(CorruptShardError, match="Image 4"):
+        next(batches)
+
+
+def test_leaving_early_ends_the_threads(cache: FeatureCache) -> None:
+    """`threads_end` looks."""
+    for batch in cache.prefetch(([number % 20] for number in itertools.count()), depth=4, threads=3):
+        if batch.image_ids[0] == 5:
+            break
+
+
+def test_an_error_in_the_loop_ends_the_threads(cache: FeatureCache) -> None:
+    def use() -> None:
+        for batch in cache.prefetch(([number % 20] for number in itertools.count()), threads=3):
+            raise ValueError(f"cannot use {batch.image_ids}")
+
+    with pytest.raises(ValueError, match="cannot use"):
+        use()
+
+
+def test_no_batches_give_none(cache: FeatureCache) -> None:
+    assert list(cache.prefetch([])) == []
+
+
+def test_several_may_run_on_one_cache(cache: FeatureCache) -> None:
+    one = cache.prefetch([[number] for number in range(10)], threads=2)
+    other = cache.prefetch([[19 - number] for number in range(10)], threads=2)
+    for number, (first, second) in enumerate(zip(one, other, strict=True)):
+        require_same(cache, first, [number])
+        require_same(cache, second, [19 - number])
+
+
+@pytest.mark.parametrize("wrong", [{"depth": 0}, {"threads": 0}, {"read_ahead": -1}, {"depth": -3}])
+def test_numbers_that_make_no_sense_are_refused_at_once(cache: FeatureCache, wrong: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"needs depth ≥ 1, threads ≥ 1 and read_ahead ≥ 0") as caught:
+        cache.prefetch([[1]], **wrong)  # type: ignore[arg-type]
+    assert caught.value.facts.items() >= wrong.items()
+
+
+def test_copies_to_a_gpu_are_waited_for_before_a_buffer_is_used_again(cache: FeatureCache) -> None:
+    class Event:
+        def __init__(self) -> None:
+            self.waited = False
+
+        def synchronize(self) -> None:
+            self.waited = True
+
+    batches = cache.prefetch([[1], [2], [3]])
+    event = Event()
+    next(batches).copies.append(event)
+    assert not event.waited
+    next(batches)
+    assert event.waited
+    batches.close()  # type: ignore[attr-defined]
