@@ -56,6 +56,7 @@ def convert(
             "convert", lambda progress, stop: run_conversion(planned, progress=progress, should_stop=stop)
         )
     before, after = planned.source.manifest, planned.recipe
+    free = free_bytes(target)
     document = {
         "source": str(source),
         "target": str(target),
@@ -65,7 +66,7 @@ def convert(
         "copied": num_copied,
         "shards": planned.num_shards,
         "bytes": planned.num_bytes,
-        "free_bytes": free_bytes(target),
+        "free_bytes": free,
         "store": after.backend,
         "dtype": after.dtype,
         "shard_rows": after.shard_rows,
@@ -90,6 +91,7 @@ def convert(
             ["images", str(before.images.ok), str(len(planned.source))],
             ["images quarantined", str(before.images.quarantined), str(before.images.quarantined)],
             ["size of features", "", f"{planned.num_bytes / 2**20:.1f} MiB"],
+            ["free space", "", f"{free / 2**20:.1f} MiB"],
             ["fingerprint", before.fingerprint.digest[:12], after.fingerprint.short],
         ],
         "Nothing was written." if dry_run else f"{num_copied} images copied by this process.",

@@ -5,6 +5,7 @@ Nothing is changed, and the first problem does not end it: each becomes a `Findi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -200,8 +201,12 @@ def unlisted_files(manifest: Manifest, backend: Backend) -> dict[str, int]:
     plan = Journal(backend.root).read_plan()
     if plan is not None:
         kept.update(path for shard in plan.shards() for path in backend.shard_files(shard))
-    found = files.all_files(backend.root)
-    return {path: place.lstat().st_size for path, place in found.items() if path not in kept}
+    sizes = {}
+    for path, place in files.all_files(backend.root).items():
+        if path not in kept:
+            with contextlib.suppress(FileNotFoundError):  # a collection may be removing it
+                sizes[path] = place.lstat().st_size
+    return sizes
 
 
 def _strays(manifest: Manifest, backend: Backend) -> Iterator[Finding]:

@@ -263,7 +263,7 @@ def _scan(file: BinaryIO, rows: Sequence[_Row], wrong: dict[str, list[_Row]]) ->
         read_until(row.offset)
         content = row_buffer[: row.array.row_bytes]
         if row.offset != position or file.readinto(content.data) != len(content):  # type: ignore[attr-defined]
-            wrong.setdefault("overlaps others in", []).append(row)
+            wrong.setdefault("misplaces", []).append(row)
             continue
         position += len(content)
         digest.update(content.data)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ris_cache.datasets.shapes import write_shapes_dataset
 from ris_cache.encoders.frozen import FrozenEncoders
@@ -85,6 +86,15 @@ class Trials:
         """End the program."""
         self._program.communicate()
         assert self._program.returncode == 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The same number of threads everywhere gives the same bits; with one, tests beside others stay fast."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

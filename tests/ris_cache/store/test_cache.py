@@ -143,7 +143,8 @@ def test_tables_categories_and_heads_are_read(root: Path) -> None:
     assert cache.instances(TABLE)[1003].segmentation == ((0.0, 0.0, 9.5, 0.0, 9.5, 9.5),)
     categories = cache.categories(cache.manifest.datasets[TABLE].category_set)
     assert (categories.ids, categories.names) == ((1, 47), ("person", "cup"))
-    assert (categories.template, categories.embeddings.dtype) == ("a photo of a {}.", np.float32)
+    assert categories.template == "a photo of a {}."
+    assert categories.embeddings.dtype == np.float32
     heads = cache.sam_heads()
     assert (heads["scale"].shape, heads["mask_tokens"].shape) == ((), (3, 2))
 

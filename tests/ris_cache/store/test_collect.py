@@ -14,6 +14,7 @@ from ris_cache.errors import CacheError, CacheMissError, ConfigError, CorruptSha
 from ris_cache.store import files
 from ris_cache.store.cache import FeatureCache
 from ris_cache.store.collect import collect, find_garbage, remove
+from ris_cache.store.transfer import transfer
 from ris_cache.store.verify import verify
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
@@ -141,14 +142,14 @@ def test_images_without_expressions_go_with_their_shards(root: Path, either_draw
 
 def test_sparse_shards_are_copied_together_at_the_end(root: Path, either_drawing: Any) -> None:
     remove(root, ["refcoco.unc"])
-    either_drawing.extract(root, [2, 4, 5, 9], table="refcocog.umd")
-    # Alive: 2 of shard 0's four images; 4, and 5 which is quarantined, of shard 1's three; 8 and 9; 10 to 15.
+    either_drawing.extract(root, [1, 2, 4, 5, 9], table="refcocog.umd")
+    # Alive: half of shard 0; of shard 1 one of three, and 5, which is quarantined; all others.
     garbage, _ = collect(root)
-    assert [image.image_id for image in garbage.moved] == [2, 4, 5]
+    assert [image.image_id for image in garbage.moved] == [1, 2, 4, 5]
     assert (garbage.num_unused_shards, garbage.num_sparse_shards) == (0, 2)
     cache = require_sound(either_drawing, root)
-    assert set(cache.images) == {2, 4, 5, *range(8, 16)}
-    assert {i: cache.images[i].row for i in (2, 4, 5)} == {2: 20, 4: 21, 5: 22}
+    assert set(cache.images) == {1, 2, 4, 5, *range(8, 16)}
+    assert [cache.images[i].row for i in (1, 2, 4, 5)] == [20, 21, 22, 23]
     assert cache.images[8].row == 8
     assert list(cache.quarantined) == [5]
     assert cache.images[5].sha256 is None
@@ -221,7 +222,7 @@ def test_a_reader_from_before_keeps_what_stays(root: Path, either_drawing: Any) 
         reader.read([15])
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     parts=st.lists(st.sets(st.integers(0, 17), min_size=1), min_size=1, max_size=4),
     kept=st.sets(st.integers(0, 3)),
@@ -297,6 +298,24 @@ def test_an_extraction_that_begins_meanwhile_is_left_alone(root: Path, either_dr
     either_drawing.commit_all(writer)
     writer.finish(either_drawing.edit(range(30, 32), "val", "refcocog.umd"))
     assert len(either_drawing.require_whole(root)) == 17
+
+
+def test_shards_of_an_extraction_that_begins_right_after_are_left_alone(
+    root: Path, either_drawing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove(root, [PLUS])
+    started: list[Any] = []
+
+    def transfer_and_be_followed(*arguments: Any, **options: Any) -> Any:
+        ended = transfer(*arguments, **options)
+        started.append(either_drawing.open(root, range(30, 32), {"--split": "other"}))
+        either_drawing.commit_all(started[0])
+        return ended
+
+    monkeypatch.setattr("ris_cache.store.collect.transfer", transfer_and_be_followed)
+    collect(root)
+    started[0].finish(either_drawing.edit(range(30, 32), "val", "refcocog.umd"))
+    assert set(either_drawing.require_whole(root).images) == {*range(10), 30, 31}
 
 
 def test_a_stopped_collection_goes_on_and_keeps_removals_out(root: Path, either_drawing: Any) -> None:

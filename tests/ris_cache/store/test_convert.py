@@ -360,6 +360,28 @@ def test_a_target_that_is_taken_is_refused_and_left_alone(
     assert before == {path: path.read_bytes() for path in [target, *target.rglob("*")] if path.is_file()}
 
 
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_target_that_is_taken_after_planning_is_refused(
+    source: Path, drawing: Any, tmp_path: Path, is_finished: bool
+) -> None:
+    drawing.extract(tmp_path / "other", range(20, 26))
+    planned = plan_conversion(source, tmp_path / "target")
+    other = plan_conversion(tmp_path / "other", tmp_path / "target")
+    if is_finished:
+        convert(other)
+    else:
+        with pytest.raises(StoppedError):
+            convert(other, should_stop=lambda: True)
+    with pytest.raises(ConfigError, match="holds"):
+        convert(planned)
+    assert set(run_to_the_end(other).images) == set(range(20, 26))
+
+
+def run_to_the_end(conversion: Conversion) -> FeatureCache:
+    convert(conversion)
+    return FeatureCache.open(conversion.target)
+
+
 @pytest.mark.parametrize(
     ("option", "value", "known"), [("backend", "lmdb", "zarr, hdf5"), ("dtype", "int4", "int8")]
 )

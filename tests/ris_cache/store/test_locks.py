@@ -93,9 +93,10 @@ def test_shared_holders_keep_out_only_exclusive_ones(path: Path) -> None:
 
 def test_objects_of_one_process_keep_each_other_out_too(path: Path) -> None:
     with FileLock(path) as held:
-        assert held.is_held
+        is_held = [held.is_held]
         assert not can_lock(path)
-    assert not held.is_held
+    is_held.append(held.is_held)
+    assert is_held == [True, False]
     assert can_lock(path)
 
 

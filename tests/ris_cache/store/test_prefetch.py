@@ -227,16 +227,23 @@ def test_numbers_that_make_no_sense_are_refused_at_once(cache: FeatureCache, wro
 
 def test_copies_to_a_gpu_are_waited_for_before_a_buffer_is_used_again(cache: FeatureCache) -> None:
     class Event:
-        def __init__(self) -> None:
-            self.waited = False
-
         def synchronize(self) -> None:
-            self.waited = True
+            waited.append(self)
 
-    batches = cache.prefetch([[1], [2], [3]])
+    waited: list[Event] = []
     event = Event()
+    batches = cache.prefetch([[1], [2], [3]])
     next(batches).copies.append(event)
-    assert not event.waited
+    assert waited == []
     next(batches)
-    assert event.waited
+    assert waited == [event]
     batches.close()  # type: ignore[attr-defined]
+
+
+def test_an_error_of_whoever_names_the_batches_is_passed_on(cache: FeatureCache) -> None:
+    def names() -> Iterator[list[int]]:
+        yield [1]
+        raise LookupError("no more names")
+
+    with pytest.raises(LookupError, match="no more names"):
+        list(cache.prefetch(names(), threads=2))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import h5py
 import numpy as np
 import pyarrow as pa
@@ -294,6 +295,20 @@ def test_rows_that_nobody_refers_to_any_more_are_only_noted(cache):
     report = verify(cache)
     assert report.is_sound
     assert any(note.startswith("2 rows hold features that no image refers to") for note in report.notes)
+
+
+def test_an_index_that_gives_two_images_the_same_bytes_is_found(tmp_path, drawing):
+    root = tmp_path / "feats"
+    drawing.extract(root, range(4))
+    path = root / shard_file(root, 0)
+    content = bytearray(path.read_bytes())
+    index = len(content) - 4 - 16 * 4
+    content[index + 16 : index + 32] = content[index : index + 16]
+    content[-4:] = google_crc32c.value(bytes(content[index:-4])).to_bytes(4, "little")
+    path.write_bytes(content)
+    (finding,) = verify(root).findings
+    assert finding.problem == "contradicts its SHA-256; misplaces sam of the images 1"
+    assert finding.image_ids == (1,)
 
 
 @pytest.mark.parametrize("is_damaged", [False, True])
