@@ -112,7 +112,7 @@ def extract(
         device=device,
         compile_encoders=compile_encoders,
     )
-    from cli.progress import ExtractionProgress
+    from cli.progress import ImageProgress
     from cli.signals import StopRequest
     from ris_cache.encoders.batch_size import find_batch_size
     from ris_cache.extraction.estimate import estimate
@@ -145,7 +145,7 @@ def extract(
                 strict=strict,
                 workers=workers,
                 limit=limit,
-                progress=ExtractionProgress(),
+                progress=ImageProgress(),
                 should_stop=stop,
             )
         except StoppedError as stopped:

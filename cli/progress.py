@@ -11,16 +11,24 @@ from tqdm import tqdm
 SECONDS_BETWEEN_LINES = 30.0
 
 
-class ExtractionProgress:
+class ImageProgress:
     """Images done, images per second, time left, images quarantined."""
 
-    def __init__(self, *, is_terminal: bool | None = None, interval: float = SECONDS_BETWEEN_LINES) -> None:
+    def __init__(
+        self,
+        what: str = "extract",
+        *,
+        is_terminal: bool | None = None,
+        interval: float = SECONDS_BETWEEN_LINES,
+    ) -> None:
         """Choose between bar and lines.
 
         Args:
+            what: the command.
             is_terminal: whether stderr is one; asked of it by default.
             interval: seconds between lines.
         """
+        self._what = what
         self._is_terminal = sys.stderr.isatty() if is_terminal is None else is_terminal
         self._interval = interval
         self._bar: tqdm[NoReturn] | None = None
@@ -32,7 +40,7 @@ class ExtractionProgress:
         self._total, self._done, self._before = total, done, done
         self._started = self._last_line = time.monotonic()
         if done < total and self._is_terminal:
-            self._bar = tqdm(total=total, initial=done, unit="image", desc="extract")
+            self._bar = tqdm(total=total, initial=done, unit="image", desc=self._what)
 
     def advance(self, reason: str | None) -> None:
         """Count one image, and say why if it was quarantined."""
@@ -67,7 +75,7 @@ class ExtractionProgress:
         rate = (self._done - self._before) / seconds
         left = (self._total - self._done) / rate if rate else float("inf")
         return (
-            f"extract: {self._done}/{self._total} images, {rate:.1f} images/s, "
+            f"{self._what}: {self._done}/{self._total} images, {rate:.1f} images/s, "
             f"{duration(left)} left, {self._quarantined} quarantined"
         )
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -15,13 +13,9 @@ from cli.render import print_json, print_table
 from ris_cache.errors import StoppedError
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
-    from ris_cache.store.transfer import Progress
+    from ris_cache.progress import Progress
 
 T = TypeVar("T")
-
-_SECONDS_BETWEEN_LINES = 30.0
 
 
 def convert(
@@ -47,7 +41,7 @@ def convert(
     """
     from ris_cache.store.convert import convert as run_conversion
     from ris_cache.store.convert import plan_conversion
-    from ris_cache.store.transfer import free_bytes
+    from ris_cache.store.refusals import free_bytes
 
     planned = plan_conversion(source, target, backend=store, dtype=dtype, shard_rows=shard_rows)
     num_copied = 0
@@ -100,47 +94,15 @@ def convert(
 
 def watched(what: str, work: Callable[[Progress, Callable[[], bool]], T]) -> T:
     """Run work that copies images, with progress on stderr, until it is done or a signal stops it."""
+    from cli.progress import ImageProgress
     from cli.signals import StopRequest
 
     with StopRequest("after the shard at hand") as stop:
         try:
-            return work(_CopyProgress(what), stop)
+            return work(ImageProgress(what), stop)
         except StoppedError as stopped:
             typer.echo(f"stopped: {stopped}", err=True)
             raise typer.Exit(stop.exit_code) from None
-
-
-class _CopyProgress:
-    """Images copied: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._bar: tqdm[NoReturn] | None = None
-        self._done = self._total = 0
-        self._last_line = 0.0
-
-    def start(self, *, total: int, done: int) -> None:
-        self._total, self._done, self._last_line = total, done, time.monotonic()
-        if done < total and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=done, unit="image", desc=self._what)
-
-    def advance(self, reason: str | None) -> None:
-        self._done += 1
-        if self._bar is not None:
-            self._bar.update()
-        elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            print(f"{self._what}: {self._done}/{self._total} images", file=sys.stderr, flush=True)
-
-    def say(self, message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
-
-    def stop(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
 
 
 def _before(fields: dict[str, object]) -> str:

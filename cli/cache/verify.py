@@ -99,7 +99,7 @@ def _repair(
     batch_size: int | None,
 ) -> tuple[RepairReport, int]:
     """Repair; returns what was done, and how to exit if the cache is not sound after it."""
-    from cli.progress import ExtractionProgress
+    from cli.progress import ImageProgress
     from cli.signals import StopRequest
     from ris_cache.extraction.repair import repair
 
@@ -110,7 +110,7 @@ def _repair(
             data_root=data,
             load_encoders=load,
             batch_size=batch_size,
-            progress=ExtractionProgress(),
+            progress=ImageProgress("repair"),
             should_stop=stop,
         )
     return repaired, stop.exit_code if repaired.is_stopped else CorruptShardError.exit_code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from ris_cache.extraction.sources import Sources, load_sources
 from ris_cache.store.draft import Recipe
 from ris_cache.store.journal import Journal, Plan, PlannedImage
 from ris_cache.store.manifest import Manifest
+from ris_cache.store.refusals import free_bytes
 from ris_cache.store.tables import IMAGES, CachedImage, read_images, read_table
 from ris_cache.store.writer import is_carried_out, load_base, require_same_making
 
@@ -80,14 +80,13 @@ def estimate(
     wanted = [image.image_id for image in sources.needing_features(known, cache_root)]
     new_texts, new_categories = _new_texts(sources, manifest)
     speed = _measure(sources, wanted, recipe, encoders, batch_size)
-    directory = next(path for path in (cache_root, *cache_root.absolute().parents) if path.is_dir())
     return Estimate(
         num_images=len(wanted),
         num_present=len(sources.images) - len(wanted),
         num_missing=sum(sources.paths[image_id] is None for image_id in wanted),
         num_shards=-(-len(wanted) // recipe.shard_rows),
         num_bytes=len(wanted) * recipe.image_bytes,
-        free_bytes=shutil.disk_usage(directory).free,
+        free_bytes=free_bytes(cache_root),
         num_expressions=new_texts,
         num_categories=new_categories,
         backend=recipe.backend,

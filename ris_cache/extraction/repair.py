@@ -21,7 +21,8 @@ from ris_cache.encoders.batch_size import find_batch_size
 from ris_cache.encoders.frozen import FrozenEncoders
 from ris_cache.errors import CacheError, CorruptShardError, DataError, NonFiniteError
 from ris_cache.extraction.pipeline import BufferPool, Pipeline
-from ris_cache.extraction.run import Progress, Silent, default_workers
+from ris_cache.extraction.run import default_workers
+from ris_cache.progress import Progress, Silent
 from ris_cache.store import files, tables
 from ris_cache.store.backends import make_backend
 from ris_cache.store.cache import find_manifest

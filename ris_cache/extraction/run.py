@@ -3,72 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from ris_cache.datasets import Selection
 from ris_cache.encoders.frozen import FrozenEncoders
-from ris_cache.errors import CacheError, DataError, DiskFullError, StoppedError
+from ris_cache.errors import DataError, StoppedError
 from ris_cache.extraction.annotations import write_annotations
 from ris_cache.extraction.pipeline import BufferPool, ComputedShard, Pipeline
 from ris_cache.extraction.sources import Sources, load_sources
+from ris_cache.progress import Progress, Silent
 from ris_cache.store.draft import SHARD_ROWS, CacheDraft, Recipe
 from ris_cache.store.fingerprint import cache_fingerprint
 from ris_cache.store.journal import Journal
 from ris_cache.store.manifest import Manifest
 from ris_cache.store.precision import DEFAULT_DTYPE
+from ris_cache.store.refusals import explained, require_space
 from ris_cache.store.tables import CachedImage
 from ris_cache.store.writer import CacheWriter, NewImage, ShardClaim, load_base
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
-
-
-class Progress(Protocol):
-    """Who watches an extraction."""
-
-    def start(self, *, total: int, done: int) -> None:
-        """Features are about to be computed: of `total` planned images `done` are there."""
-        ...
-
-    def advance(self, reason: str | None) -> None:
-        """One more image is through; with a reason, it was quarantined."""
-        ...
-
-    def say(self, message: str) -> None:
-        """Something worth knowing, such as a wait."""
-        ...
-
-    def stop(self) -> None:
-        """No more images will come."""
-        ...
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def start(self, *, total: int, done: int) -> None:
-        """Do nothing."""
-
-    def advance(self, reason: str | None) -> None:
-        """Do nothing."""
-
-    def say(self, message: str) -> None:
-        """Do nothing."""
-
-    def stop(self) -> None:
-        """Do nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +105,7 @@ def extract(
     """
     watcher = progress or Silent()
     sources = load_sources(selections, data_root, limit=limit)
-    with _explained(cache_root):
+    with explained(cache_root):
         recipe = make_recipe(encoders, cache_root, layout or Layout())
 
     def choose(known: Mapping[int, CachedImage]) -> list[NewImage]:
@@ -150,7 +113,7 @@ def extract(
             sources.require_readable(known)
         return sources.needing_features(known, cache_root)
 
-    with _explained(cache_root):
+    with explained(cache_root):
         writer = CacheWriter.open(
             cache_root,
             recipe,
@@ -176,9 +139,9 @@ def extract(
             write_annotations(draft, part, encoders, should_stop)
         draft.write_sam_heads({name: tensor.numpy() for name, tensor in encoders.sam_heads().items()})
 
-    with contextlib.closing(writer), _explained(cache_root):
+    with contextlib.closing(writer), explained(cache_root):
         num_left = sum(len(images) for images in writer.shards.values()) - writer.num_committed
-        _require_space(cache_root, num_left, recipe)
+        require_space(cache_root, num_left, num_left * recipe.image_bytes)
         added = compute_features(writer, pipeline, recipe, watcher, should_stop)
         manifest = writer.finish(edit)
     report = _report(manifest, sources, cache_root, added)
@@ -292,42 +255,6 @@ def _released_at_end(claims: Iterator[ShardClaim]) -> Iterator[Iterator[ShardCla
     finally:
         for claim in taken:
             claim.release()
-
-
-@contextlib.contextmanager
-def _explained(cache_root: Path) -> Iterator[None]:
-    """Say of what the operating system refuses what it means here, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise CacheError(
-                f"{error.filename or cache_root} may not be read or written ({error.strerror}). Ask its "
-                "owner for permission, or name another --cache.",
-                path=error.filename,
-            ) from error
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        free = shutil.disk_usage(cache_root).free
-        raise DiskFullError(
-            f"No space is left for {cache_root} ({free / 2**20:.0f} MiB free). Shards that were finished are "
-            "kept: free some space and run the same command again, it goes on from there.",
-            path=cache_root,
-            free=free,
-        ) from error
-
-
-def _require_space(cache_root: Path, num_images: int, recipe: Recipe) -> None:
-    needed = num_images * recipe.image_bytes
-    free = shutil.disk_usage(cache_root).free
-    if needed > free:
-        unit, name = (2**30, "GiB") if needed >= 2**30 else (2**20, "MiB")
-        raise CacheError(
-            f"{num_images} images need {needed / unit:.1f} {name} in {cache_root}, where "
-            f"{free / unit:.1f} {name} are free. Free some space, choose another --cache, or fewer splits.",
-            needed=needed,
-            free=free,
-        )
 
 
 def _request(selections: Sequence[Selection], limit: int | None) -> dict[str, str | int]:

@@ -76,10 +76,14 @@ class FeatureBatch:
 
     def first(self, size: int) -> FeatureBatch:
         """Return the first `size` images, as views of the same memory."""
+        return self.rows(0, size)
+
+    def rows(self, start: int, stop: int) -> FeatureBatch:
+        """Return the images from `start` to before `stop`, as views of the same memory."""
         return FeatureBatch(
-            image_ids=self.image_ids[:size],
+            image_ids=self.image_ids[start:stop],
             dtype=self.dtype,
-            stored={name: array[:size] for name, array in self.stored.items()},
+            stored={name: array[start:stop] for name, array in self.stored.items()},
             copies=self.copies,
         )
 

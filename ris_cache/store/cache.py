@@ -60,6 +60,7 @@ class FeatureCache:
                 ids[present].tolist(), np.flatnonzero(present).tolist(), rows[present].tolist(), strict=True
             )
         }
+        self._was_read = np.zeros(len(table), np.bool_)
         self._images: dict[int, CachedImage] | None = None
 
     @classmethod
@@ -161,6 +162,21 @@ class FeatureCache:
             ShapeError: buffers for fewer images.
             CorruptShardError: a damaged shard; what the buffers hold then is of no use.
         """
+        return self.read_into(image_ids, out, through_map=True)
+
+    def read_into(
+        self, image_ids: Sequence[int], out: FeatureBatch | None, *, through_map: bool
+    ) -> FeatureBatch:
+        """Read as `read` does, and choose how.
+
+        Args:
+            through_map: whether to copy images that this process has read before out of memory maps, the
+                fastest way as long as they are still in the page cache. Images read for the first time, or
+                all of them, are read from their files, which the disk answers several times faster.
+
+        Raises:
+            CacheMissError, ShapeError, CorruptShardError: as `read`.
+        """
         positions, rows = self._places_of(image_ids)
         if out is None:
             out = self.allocate(len(rows))
@@ -171,7 +187,8 @@ class FeatureCache:
                 found=len(out.image_ids),
             )
         batch = out.first(len(rows))
-        self._store.read_rows(rows, batch.stored)
+        through_map = through_map and bool(self._was_read[positions].all())
+        self._store.read_rows(rows, batch.stored, through_map=through_map)
         wrong = self._checker.first_wrong(positions, batch.stored)
         if wrong is not None:
             index, name = wrong
@@ -185,6 +202,7 @@ class FeatureCache:
                 row=rows[index],
                 shard_index=rows[index] // self._manifest.shard_rows,
             )
+        self._was_read[positions] = True
         batch.image_ids[:] = image_ids
         return batch
 
@@ -193,8 +211,8 @@ class FeatureCache:
         batches: Iterable[Sequence[int]],
         *,
         depth: int = 2,
-        threads: int = 1,
-        read_ahead: int = 2,
+        threads: int = 4,
+        read_ahead: int = 0,
         pinned: bool | None = None,
     ) -> Iterator[FeatureBatch]:
         """Read batches ahead of their use, on threads, into buffers that are used again.
@@ -204,7 +222,7 @@ class FeatureCache:
         Args:
             batches: image_ids of each batch, in the order wanted; may be endless.
             depth: batches read, or being read, beyond the one in use.
-            threads: that read, one batch each.
+            threads: that read, each a part of a batch.
             read_ahead: batches beyond those for which the disk is asked to start already.
             pinned: whether buffers are page-locked; by default where torch is loaded and sees a GPU.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ris_cache.errors import ConfigError, NonFiniteError
+from ris_cache.progress import Progress
 from ris_cache.store import files
 from ris_cache.store.backends import make_backend
 from ris_cache.store.cache import FeatureCache
@@ -23,7 +24,7 @@ from ris_cache.store.locks import FileLock
 from ris_cache.store.manifest import Manifest
 from ris_cache.store.precision import QUANTISERS
 from ris_cache.store.tables import CachedImage
-from ris_cache.store.transfer import Progress, as_new, copy_annotations, origins, transfer
+from ris_cache.store.transfer import as_new, copy_annotations, origins, transfer
 from ris_cache.store.writer import NewImage, load_base
 
 PURPOSE = "cache convert"

@@ -7,11 +7,13 @@
 
 The directory exists from the first plan until the manifest that holds its result is in place. Every file in
 it is written atomically, so a process can be killed at any instant: what has a record is done, all else is
-to do. Plans change only under the cache's own lock (`.lock`).
+to do. Plan and records end with a digest of themselves, since what they say goes into the manifest. Plans
+change only under the cache's own lock (`.lock`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -121,7 +123,7 @@ class Journal:
             CorruptShardError: it is damaged.
         """
         try:
-            return Plan.model_validate_json(self._plan_path.read_bytes())
+            return Plan.model_validate_json(_unseal(self._plan_path.read_bytes()))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValidationError, ValueError) as error:
@@ -141,7 +143,7 @@ class Journal:
             shutil.rmtree(self._records)
         make_directories(self._records)
         make_directories(self._claims)
-        write_atomically(self._plan_path, (plan.model_dump_json(indent=1) + "\n").encode("utf-8"))
+        write_atomically(self._plan_path, _seal(plan.model_dump_json(indent=1).encode("utf-8")))
 
     def discard(self) -> None:
         """Remove the directory, the plan first: without it the rest is of no use to anybody."""
@@ -155,12 +157,12 @@ class Journal:
 
     def commit(self, record: ShardRecord) -> None:
         """Record that a shard is done."""
-        write_atomically(self._record_path(record.shard), record.model_dump_json().encode("utf-8"))
+        write_atomically(self._record_path(record.shard), _seal(record.model_dump_json().encode("utf-8")))
 
     def record(self, shard: int) -> ShardRecord | None:
         """Return the record of a shard; None if it is not done, or its record is damaged."""
         try:
-            return ShardRecord.model_validate_json(self._record_path(shard).read_bytes())
+            return ShardRecord.model_validate_json(_unseal(self._record_path(shard).read_bytes()))
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
 
@@ -214,3 +216,23 @@ def assign_rows(num_images: int, *, first_row: int, shard_rows: int, taken: Coll
             rows += range(start, start + min(shard_rows, num_images - len(rows)))
         shard += 1
     return rows
+
+
+def _seal(document: bytes) -> bytes:
+    """Add to a JSON object, as its last field, the SHA-256 of what it was without."""
+    return document[:-1] + b',"digest":"' + hashlib.sha256(document).hexdigest().encode("ascii") + b'"}\n'
+
+
+_SEAL_BYTES = len(_seal(b"}"))
+
+
+def _unseal(sealed: bytes) -> bytes:
+    """Return the object that was sealed.
+
+    Raises:
+        ValueError: it was changed since.
+    """
+    document = sealed[:-_SEAL_BYTES] + b"}"
+    if _seal(document) != sealed:
+        raise ValueError("its digest is not that of its content")
+    return document

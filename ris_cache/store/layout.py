@@ -142,12 +142,20 @@ class Backend(Protocol):
 class FeatureStore(Protocol):
     """What a cache reads from: rows copied into the caller's buffers."""
 
-    def read_rows(self, rows: Sequence[int] | npt.NDArray[np.int64], out: Mapping[str, Array]) -> None:
+    def read_rows(
+        self,
+        rows: Sequence[int] | npt.NDArray[np.int64],
+        out: Mapping[str, Array],
+        *,
+        through_map: bool = True,
+    ) -> None:
         """Copy rows into buffers.
 
         Args:
             rows: B rows in any order, repeats allowed.
             out: the arrays wanted, by name: C-contiguous [B, ...] in the array's dtype, filled in place.
+            through_map: whether to copy out of memory maps, the fastest way to what is in the page cache, or
+                to read files, the faster way to what is not.
 
         Raises:
             ShapeError: a buffer that does not fit.

@@ -66,12 +66,20 @@ class MappedReader:
         """Shard files mapped in this process now."""
         return len(self._state().maps)
 
-    def read_rows(self, rows: Sequence[int] | npt.NDArray[np.int64], out: Mapping[str, Array]) -> None:
+    def read_rows(
+        self,
+        rows: Sequence[int] | npt.NDArray[np.int64],
+        out: Mapping[str, Array],
+        *,
+        through_map: bool = True,
+    ) -> None:
         """Copy rows into buffers.
 
         Args:
             rows: B rows in any order, repeats allowed.
             out: the arrays wanted, by name: C-contiguous [B, ...] in the array's dtype, filled in place.
+            through_map: whether to copy out of the maps. A map fetches what is not in memory page by page;
+                reading the file fetches it in one piece, but costs a little more where all is there.
 
         Raises:
             ShapeError: a buffer that does not fit.
@@ -100,7 +108,8 @@ class MappedReader:
                 offset = offsets.item(place)
                 if offset == ABSENT:
                     raise self._absent(row)
-                np.copyto(flat[position], mapped.content[offset : offset + flat.shape[1]])
+                if through_map or not mapped.read(offset, flat[position]):
+                    np.copyto(flat[position], mapped.content[offset : offset + flat.shape[1]])
 
     def advise(self, rows: Sequence[int] | npt.NDArray[np.int64], names: Sequence[str]) -> None:
         """Ask the operating system to read rows ahead; it does so while this process goes on.
@@ -166,9 +175,39 @@ class _MappedFile:
         identity: of the file that was mapped.
     """
 
+    path: Path
     mapping: mmap.mmap
     content: npt.NDArray[np.uint8]
     identity: _Identity
+
+    def read(self, offset: int, target: npt.NDArray[np.uint8]) -> bool:
+        """Fill `target` from the file instead of the map.
+
+        Returns:
+            Whether that was possible: not if the path leads to another file by now.
+
+        Raises:
+            CorruptShardError: the disk refuses.
+        """
+        # Opened each time, since a descriptor per map would halve how many files may be mapped.
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            if _identity(os.fstat(descriptor)) != self.identity:
+                return False
+            num_read = 0
+            while num_read < len(target):
+                count = os.preadv(descriptor, [target.data[num_read:]], offset + num_read)
+                if count == 0:
+                    return False
+                num_read += count
+            return True
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+        finally:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -283,7 +322,9 @@ def _open_mapped(path: Path, shard: int) -> _MappedFile:
         raise unreadable(path, error, shard=shard) from error
     except ValueError as error:  # cut short between the two calls
         raise damaged(path, f"cannot be mapped ({error})", shard=shard) from error
-    return _MappedFile(mapping=mapping, content=np.frombuffer(mapping, np.uint8), identity=identity)
+    return _MappedFile(
+        path=path, mapping=mapping, content=np.frombuffer(mapping, np.uint8), identity=identity
+    )
 
 
 def _identify(path: Path) -> _Identity | None:

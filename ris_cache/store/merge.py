@@ -12,12 +12,13 @@ from pathlib import Path
 
 from ris_cache.datasets.records import ImageRecord
 from ris_cache.errors import ConfigError, DataError, FingerprintMismatchError
+from ris_cache.progress import Progress
 from ris_cache.store.cache import FeatureCache
 from ris_cache.store.draft import CacheDraft, Recipe
 from ris_cache.store.fingerprint import differences
 from ris_cache.store.manifest import Manifest
 from ris_cache.store.tables import CachedImage
-from ris_cache.store.transfer import Origin, Progress, as_new, copy_annotations, origins, transfer
+from ris_cache.store.transfer import Origin, as_new, copy_annotations, origins, transfer
 from ris_cache.store.writer import NewImage, require_same_image
 
 PURPOSE = "cache merge"

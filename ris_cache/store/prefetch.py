@@ -7,6 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ris_cache.errors import ConfigError
@@ -54,37 +55,54 @@ def _prefetch(
     # As many buffers as batches can be alive: `depth` read or being read, and one in the caller's hands.
     free: deque[FeatureBatch | None] = deque([None] * (depth + 1))
     upcoming: deque[Sequence[int]] = deque()
-    reading: deque[Future[FeatureBatch]] = deque()
+    reading: deque[_Reading] = deque()
 
     def look_ahead() -> None:
         for batch in itertools.islice(batches, max(0, depth + read_ahead - len(upcoming) - len(reading))):
             cache.advise(batch)
             upcoming.append(batch)
 
-    def read(image_ids: Sequence[int], buffer: FeatureBatch | None) -> FeatureBatch:
-        if buffer is None or len(buffer) < len(image_ids):
-            buffer = cache.allocate(len(image_ids), pinned=pinned)
-        cache.read(image_ids, out=buffer)
-        return buffer
+    def read(image_ids: Sequence[int], part: FeatureBatch) -> None:
+        cache.read_into(image_ids, part, through_map=False)
+
+    def start(image_ids: Sequence[int], buffer: FeatureBatch | None) -> _Reading:
+        size = len(image_ids)
+        if buffer is None or len(buffer) < size:
+            buffer = cache.allocate(size, pinned=pinned)
+        step = max(1, -(-size // threads))
+        parts = [
+            pool.submit(read, image_ids[first : first + step], buffer.rows(first, min(first + step, size)))
+            for first in range(0, size, step)
+        ]
+        return _Reading(buffer=buffer, size=size, parts=parts)
 
     with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="prefetch") as pool:
-        sizes: deque[int] = deque()
         try:
             while True:
                 look_ahead()
                 while upcoming and free and len(reading) < depth:
-                    image_ids = upcoming.popleft()
-                    sizes.append(len(image_ids))
-                    reading.append(pool.submit(read, image_ids, free.popleft()))
+                    reading.append(start(upcoming.popleft(), free.popleft()))
                 if not reading:
                     return
-                buffer = reading.popleft().result()
-                yield buffer.first(sizes.popleft())
-                buffer.wait_for_copies()
-                free.append(buffer)
+                for part in reading[0].parts:
+                    part.result()
+                batch = reading.popleft()
+                yield batch.buffer.first(batch.size)
+                batch.buffer.wait_for_copies()
+                free.append(batch.buffer)
         finally:
-            for future in reading:
-                future.cancel()
+            for batch in reading:
+                for part in batch.parts:
+                    part.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A batch on its way: `size` images into the first rows of `buffer`, by several threads."""
+
+    buffer: FeatureBatch
+    size: int
+    parts: list[Future[None]]
 
 
 def _has_gpu() -> bool:

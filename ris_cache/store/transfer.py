@@ -10,61 +10,27 @@ Memory: one shard of the target and, where precisions differ, a few images in fl
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from ris_cache.errors import CacheError, DiskFullError, NonFiniteError, StoppedError
+from ris_cache.errors import NonFiniteError, StoppedError
+from ris_cache.progress import Progress, Silent
 from ris_cache.store.batch import FeatureBatch
 from ris_cache.store.cache import FeatureCache
 from ris_cache.store.draft import CacheDraft, Recipe
 from ris_cache.store.files import SAM_HEADS_NAME
 from ris_cache.store.manifest import Manifest
 from ris_cache.store.precision import encode
+from ris_cache.store.refusals import explained, require_space
 from ris_cache.store.tables import CachedImage
 from ris_cache.store.writer import CacheWriter, NewImage, Outcome, ShardClaim
 
 _ENCODED_AT_ONCE = 16
 _POLL_SECONDS = 0.25
-
-
-class Progress(Protocol):
-    """Who watches a copy."""
-
-    def start(self, *, total: int, done: int) -> None:
-        """Images are about to be copied: of `total` planned ones `done` are there."""
-        ...
-
-    def advance(self, reason: str | None) -> None:
-        """One more image is through; the reason is always None here, since nothing is quarantined anew."""
-        ...
-
-    def say(self, message: str) -> None:
-        """Something worth knowing, such as a wait."""
-        ...
-
-    def stop(self) -> None:
-        """No more images will come."""
-        ...
-
-
-class _Silent:
-    def start(self, *, total: int, done: int) -> None:
-        pass
-
-    def advance(self, reason: str | None) -> None:
-        pass
-
-    def say(self, message: str) -> None:
-        pass
-
-    def stop(self) -> None:
-        pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +99,7 @@ def transfer(
         CacheError, DiskFullError: too little space; what was committed stays.
         StoppedError: `should_stop` said so; the shard at hand was committed.
     """
-    watcher = progress or _Silent()
+    watcher = progress or Silent()
     writer = CacheWriter.open(
         root,
         recipe,
@@ -143,7 +109,7 @@ def transfer(
         on_wait=watcher.say,
         should_stop=should_stop,
     )
-    with contextlib.closing(writer), _full_disk_explained(root):
+    with contextlib.closing(writer), explained(root):
         num_copied = _copy_shards(writer, root, recipe, origin_of, watcher, should_stop)
         return num_copied, writer.finish(edit)
 
@@ -174,12 +140,6 @@ def copy_annotations(draft: CacheDraft, cache: FeatureCache) -> None:
         draft.write_sam_heads(cache.sam_heads())
 
 
-def free_bytes(root: Path) -> int:
-    """Return the free space where a cache lies or will lie."""
-    there = next(path for path in (root, *root.absolute().parents) if path.is_dir())
-    return shutil.disk_usage(there).free
-
-
 def _copy_shards(
     writer: CacheWriter,
     root: Path,
@@ -190,7 +150,8 @@ def _copy_shards(
 ) -> int:
     """Copy until every shard is committed, by whichever process; returns how many images this one copied."""
     total = sum(len(images) for images in writer.shards.values())
-    _require_space(root, (total - writer.num_committed) * recipe.image_bytes)
+    num_left = total - writer.num_committed
+    require_space(root, num_left, num_left * recipe.image_bytes)
     largest = max(map(len, writer.shards.values()), default=0)
     buffers = FeatureBatch.allocate(recipe.arrays, largest, dtype=recipe.dtype, pinned=False)
     num_copied = 0
@@ -227,10 +188,10 @@ def _copy_shard(claim: ShardClaim, origin_of: Callable[[int], Origin], buffers: 
     with_features = [origin for origin in found if not origin.image.is_quarantined]
     for _, neighbours in itertools.groupby(with_features, key=lambda origin: id(origin.cache)):
         run = list(neighbours)
-        _read(run[0].cache, [origin.image for origin in run], _slice(buffers, num_rows, num_rows + len(run)))
+        _read(run[0].cache, [origin.image for origin in run], buffers.rows(num_rows, num_rows + len(run)))
         num_rows += len(run)
     claim.commit(
-        _slice(buffers, 0, num_rows).stored,
+        buffers.rows(0, num_rows).stored,
         [Outcome(sha256=origin.image.sha256, reason=origin.image.reason) for origin in found],
     )
 
@@ -258,37 +219,3 @@ def _read(cache: FeatureCache, images: Sequence[CachedImage], out: FeatureBatch)
             )
         for name, tensor in encoded.arrays.items():
             out.stored[name][start : start + len(block)] = tensor.numpy()
-
-
-def _slice(batch: FeatureBatch, start: int, stop: int) -> FeatureBatch:
-    return FeatureBatch(
-        image_ids=batch.image_ids[start:stop],
-        dtype=batch.dtype,
-        stored={name: array[start:stop] for name, array in batch.stored.items()},
-    )
-
-
-def _require_space(root: Path, needed: int) -> None:
-    free = free_bytes(root)
-    if needed > free:
-        raise CacheError(
-            f"{needed / 2**30:.2f} GiB are still to be written into {root}, where {free / 2**30:.2f} GiB are "
-            "free. Free some space and run the same command again; it goes on from there.",
-            path=root,
-            needed=needed,
-            free=free,
-        )
-
-
-@contextlib.contextmanager
-def _full_disk_explained(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise DiskFullError(
-            f"No space is left for {root} ({free_bytes(root) / 2**20:.0f} MiB free). Shards that were "
-            "finished are kept: free some space and run the same command again, it goes on from there.",
-            path=root,
-        ) from error

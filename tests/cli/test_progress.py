@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from cli import progress
-from cli.progress import ExtractionProgress, duration
+from cli.progress import ImageProgress, duration
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def test_lines_tell_images_speed_time_left_and_quarantine(clock, capsys):
-    watcher = ExtractionProgress(is_terminal=False, interval=10)
+    watcher = ImageProgress(is_terminal=False, interval=10)
     watcher.start(total=100, done=20)
     for _ in range(9):
         clock(1.0)
@@ -39,7 +39,7 @@ def test_lines_tell_images_speed_time_left_and_quarantine(clock, capsys):
 
 
 def test_what_was_there_before_counts_neither_for_speed_nor_for_time_left(clock, capsys):
-    watcher = ExtractionProgress(is_terminal=False, interval=1)
+    watcher = ImageProgress(is_terminal=False, interval=1)
     watcher.start(total=1000, done=900)
     clock(50.0)
 
@@ -49,7 +49,7 @@ def test_what_was_there_before_counts_neither_for_speed_nor_for_time_left(clock,
 
 
 def test_a_line_comes_once_an_interval_and_one_at_the_end(clock, capsys):
-    watcher = ExtractionProgress(is_terminal=False, interval=30)
+    watcher = ImageProgress(is_terminal=False, interval=30)
     watcher.start(total=100, done=0)
     for _ in range(100):
         clock(1.0)
@@ -61,16 +61,16 @@ def test_a_line_comes_once_an_interval_and_one_at_the_end(clock, capsys):
 
 
 def test_nothing_is_said_where_nothing_is_done(clock, capsys):
-    watcher = ExtractionProgress(is_terminal=False, interval=0)
+    watcher = ImageProgress(is_terminal=False, interval=0)
     watcher.start(total=5, done=5)
     watcher.stop()
-    ExtractionProgress(is_terminal=False).stop()
+    ImageProgress(is_terminal=False).stop()
 
     assert capsys.readouterr().err == ""
 
 
 def test_lines_are_for_people_so_stdout_stays_free(clock, capsys):
-    watcher = ExtractionProgress(is_terminal=False, interval=0)
+    watcher = ImageProgress(is_terminal=False, interval=0)
     watcher.start(total=2, done=0)
     watcher.advance(None)
     watcher.say("waiting")
@@ -82,7 +82,7 @@ def test_lines_are_for_people_so_stdout_stays_free(clock, capsys):
 
 
 def test_a_terminal_gets_a_bar(capsys):
-    watcher = ExtractionProgress(is_terminal=True, interval=0)
+    watcher = ImageProgress(is_terminal=True, interval=0)
     watcher.start(total=4, done=1)
     for reason in (None, "x.jpg is torn", None):
         watcher.advance(reason)
@@ -99,7 +99,7 @@ def test_a_terminal_gets_a_bar(capsys):
 
 
 def test_whether_stderr_is_a_terminal_is_asked_of_it(capsys):
-    watcher = ExtractionProgress(interval=0)
+    watcher = ImageProgress(interval=0)
     watcher.start(total=1, done=0)
     watcher.advance(None)
 

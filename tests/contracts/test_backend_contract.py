@@ -55,7 +55,7 @@ class MemoryStore:
             for i, position in enumerate(positions)
         }
 
-    def read_rows(self, rows: Any, out: Mapping[str, Array]) -> None:
+    def read_rows(self, rows: Any, out: Mapping[str, Array], *, through_map: bool = True) -> None:
         known = {array.name: array for array in ARRAYS}
         for name, buffer in out.items():
             if name not in known:
@@ -128,9 +128,13 @@ def buffers(num_rows: int, names: Sequence[str] = tuple(array.name for array in 
 
 
 def read(store: FeatureStore, rows: Sequence[int]) -> dict[str, bytes]:
-    out = buffers(len(rows))
+    """Read in both ways, which must agree."""
+    out, again = buffers(len(rows)), buffers(len(rows))
     store.read_rows(rows, out)
-    return {name: values.tobytes() for name, values in out.items()}
+    store.read_rows(rows, again, through_map=False)
+    found = {name: values.tobytes() for name, values in out.items()}
+    assert found == {name: values.tobytes() for name, values in again.items()}
+    return found
 
 
 def bytes_of(content: Shard, picked: Sequence[int] | slice = slice(None)) -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,6 @@ def test_shards_that_a_cut_off_extraction_committed_count_as_present(both, trial
 
 
 def test_missing_images_are_counted(both, data, tmp_path):
-    import shutil
-
     own = Path(shutil.copytree(data, tmp_path / "data"))
     for path in sorted(own.rglob("*_000002*.jpg"))[:2]:
         path.unlink()

@@ -110,7 +110,7 @@ def test_too_little_space_is_noticed_before_any_work(small_disk, tmp_path, trial
 
     assert refused.exit_code == 3
     assert said(output).startswith(f"error: 52 images need 2.9 MiB in {cache}, where 1.0 MiB are free. ")
-    assert said(output).endswith("Free some space, choose another --cache, or fewer splits.")
+    assert said(output).endswith("Free some space, name a directory on another disk, or ask for fewer.")
     assert log.read_text() == "", "an image was decoded all the same"
     small_disk(8000)
     assert trials.run(command)[0].exit_code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ris_cache.datasets import parse_selections
 from ris_cache.datasets.refer import load_refer
@@ -167,14 +169,11 @@ def test_strict_refuses_what_the_run_it_goes_on_from_has_quarantined(run, own_da
 
 
 def stop_after(num_shards: int) -> Callable[[], bool]:
-    """Ask to stop when some shards were begun: the pipeline looks before each one, and before each claim."""
+    """Ask to stop once so many shards were begun; whoever claims shards ahead asks too, but begins none."""
     begun: list[int] = []
 
     def should_stop() -> bool:
-        import inspect
-
-        caller = inspect.stack()[1]
-        if caller.function == "compute":
+        if inspect.stack()[1].function == "compute":
             begun.append(1)
         return len(begun) > num_shards
 
@@ -183,8 +182,6 @@ def stop_after(num_shards: int) -> Callable[[], bool]:
 
 def test_an_image_of_another_size_than_annotated_is_always_fatal(run, own_data, val_images):
     """Its masks would lie elsewhere, and nothing would show it."""
-    from PIL import Image
-
     path = list(val_images.values())[3]
     Image.new("RGB", (31, 17)).save(path)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 
 from ris_cache.encoders.spec import TINY
+from ris_cache.errors import StoppedError
 from ris_cache.store import journal
 from ris_cache.store.draft import CacheDraft, Recipe
 from ris_cache.store.fingerprint import cache_fingerprint
@@ -51,28 +55,46 @@ def test_two_processes_share_the_work_and_write_what_one_would(store, tmp_path, 
     assert content(tmp_path / "feats") == content(straight("refcoco", store=store)[0])
 
 
+def until_killed(cache: Path, seconds: float, attempt: Callable[[float], list[Any]]) -> list[Any]:
+    """Repeat an attempt with ever earlier kills, on a new cache, until none of the killed was faster."""
+    for _ in range(5):
+        shutil.rmtree(cache, ignore_errors=True)
+        endings = attempt(seconds)
+        if all(ending.signal == signal.SIGKILL for ending in endings):
+            return endings
+        seconds /= 2
+    pytest.fail("every process ended before it could be killed")
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_when_one_of_two_is_killed_the_other_does_the_rest_alone(seed, tmp_path, trials, straight, content):
     expected, alone = straight("refcoco")
-    instant = random.Random(seed).uniform(0.2, 0.6) * alone.seconds
     cache = tmp_path / "feats"
+    left = []
 
-    killed, left = trials.run(trials.trial(cache, kill_after=instant), trials.trial(cache))
+    def attempt(seconds: float) -> list[Any]:
+        killed, other = trials.run(trials.trial(cache, kill_after=seconds), trials.trial(cache))
+        left.append(other)
+        return [killed]
 
-    assert (killed.signal, left.exit_code) == (9, 0)
+    until_killed(cache, random.Random(seed).uniform(0.2, 0.5) * alone.seconds, attempt)
+
+    assert left[-1].exit_code == 0
     assert content(cache) == content(expected)
 
 
 def test_when_both_are_killed_a_third_goes_on(tmp_path, trials, straight, content, committed):
     expected, alone = straight("refcoco")
     cache, log = tmp_path / "feats", tmp_path / "log"
-    kills = {"kill_after": 0.5 * alone.seconds}
-    endings = trials.run(trials.trial(cache, **kills), trials.trial(cache, **kills))
+
+    def attempt(seconds: float) -> list[Any]:
+        return list(trials.run(*[trials.trial(cache, kill_after=seconds)] * 2))
+
+    until_killed(cache, 0.4 * alone.seconds, attempt)
     done = committed(cache)
 
     third = trials.extract(cache, log=str(log))
 
-    assert [ending.signal for ending in endings] == [9, 9]
     assert third.added == 52 - len(done)
     assert not done & set(log.read_text().split())
     assert content(cache) == content(expected)
@@ -81,15 +103,18 @@ def test_when_both_are_killed_a_third_goes_on(tmp_path, trials, straight, conten
 def test_whoever_asks_for_something_else_waits_and_says_so(tmp_path, trials, read_everything, straight):
     cache, outputs = tmp_path / "feats", [tmp_path / "train.txt", tmp_path / "val.txt"]
 
-    endings = trials.run(
-        *(
-            trials.command(cache, split, output=str(output))
-            for split, output in zip(("refcoco:train", "refcoco:val"), outputs, strict=True)
+    waits = [0, 0]
+    for _ in range(5):  # on a busy machine one may be through before the other has begun
+        shutil.rmtree(cache, ignore_errors=True)
+        endings = trials.run(
+            trials.command(cache, "refcoco:train", output=str(outputs[0])),
+            trials.command(cache, "refcoco:val", output=str(outputs[1])),
         )
-    )
+        assert [ending.exit_code for ending in endings] == [0, 0]
+        waits = [output.read_text().count("; waiting for it to end") for output in outputs]
+        if any(waits):
+            break
 
-    assert [ending.exit_code for ending in endings] == [0, 0]
-    waits = [output.read_text().count("; waiting for it to end") for output in outputs]
     assert sorted(waits) == [0, 1]
     described = "refcoco/unc:train" if waits[1] else "refcoco/unc:val"
     told = outputs[waits.index(1)].read_text()
@@ -291,8 +316,6 @@ def test_a_plan_cut_off_gives_its_finished_shards_to_another_request(tmp_path):
 
 
 def test_a_request_to_stop_ends_the_waiting(tmp_path):
-    from ris_cache.errors import StoppedError
-
     told: list[str] = []
     working = join(tmp_path, 1, 2, name="some")
 

@@ -47,6 +47,7 @@ import ris_cache.extraction.pipeline as pipeline
 from cli.app import app
 from ris_cache.datasets import parse_selections
 from ris_cache.encoders.frozen import FrozenEncoders
+from ris_cache.encoders.images import decode_image
 from ris_cache.errors import RisError
 from ris_cache.extraction.estimate import estimate
 from ris_cache.extraction.run import Layout, extract
@@ -92,7 +93,7 @@ class Calls:
             opened = plain_open(file, mode, *arguments, **options)
             return WatchedFile(opened, self) if mode == "wb" else opened
 
-        io.open = watched_open  # type: ignore[assignment]
+        io.open = watched_open
 
     def reach(self, name: str, when: str) -> None:
         """Die here, if this is where the trial is to end."""
@@ -176,7 +177,7 @@ def start(request: dict[str, Any], encoders: FrozenEncoders) -> Trial:
             sys.stderr.flush()
             os._exit(code)
     os.close(writing)
-    due = [(started + MOST_SECONDS, signal.SIGKILL)]
+    due: list[tuple[float, int]] = [(started + MOST_SECONDS, signal.SIGKILL)]
     if "kill_after" in request:
         due.insert(0, (started + request["kill_after"], signal.SIGKILL))
     return Trial(pid=pid, report=reading, started=started, due=due)
@@ -240,7 +241,7 @@ def run(request: dict[str, Any], encoders: FrozenEncoders, report: int) -> int:
             code = run_command(request["argv"], encoders)
         elif "read" in request:
             cache = FeatureCache.open(request["read"])
-            cache.read(cache.image_ids)
+            cache.read(cache.image_ids.tolist())
         else:
             told |= run_extraction(request["extract"], encoders)
     except RisError as error:
@@ -278,18 +279,18 @@ def run_extraction(arguments: dict[str, Any], encoders: FrozenEncoders) -> dict[
 
 def note_images(log: int | None, told: dict[str, Any]) -> None:
     """Write down which images are decoded, at once, and how many are encoded."""
-    plain_decode, plain_encode = pipeline.decode_image, FrozenEncoders.encode
+    plain_encode = FrozenEncoders.encode
 
     def decode(path: Path, **options: Any) -> Any:
         if log is not None:
             os.write(log, f"{path.name}\n".encode())
-        return plain_decode(path, **options)
+        return decode_image(path, **options)
 
     def encode(self: FrozenEncoders, sam_pixels: Any, clip_pixels: Any) -> Any:
         told["encoded"] += len(sam_pixels)
         return plain_encode(self, sam_pixels, clip_pixels)
 
-    pipeline.decode_image = decode  # type: ignore[assignment]
+    vars(pipeline)["decode_image"] = decode
     FrozenEncoders.encode = encode  # type: ignore[method-assign]
 
 

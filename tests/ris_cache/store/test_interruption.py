@@ -186,6 +186,25 @@ def test_a_damaged_commit_record_means_that_the_shard_is_done_again(
     drawing.require_whole(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [(b'"image_id":4', b'"image_id":5'), (b'"bytes":1', b'"bytes":2')]
+)
+def test_a_record_with_one_wrong_digit_means_that_the_shard_is_done_again(
+    drawing: Any, tmp_path: Path, before: bytes, after: bytes
+) -> None:
+    """Still a record in form; in the manifest, its digits would make a cache that does not open."""
+    first = drawing.open(tmp_path, range(8))
+    drawing.commit_all(first)
+    first.close()
+    content = record_path(tmp_path, 1).read_bytes()
+    assert before in content
+    record_path(tmp_path, 1).write_bytes(content.replace(before, after, 1))
+    second = drawing.open(tmp_path, range(8))
+    assert drawing.commit_all(second) == [1]
+    second.finish(lambda draft: None)
+    drawing.require_whole(tmp_path)
+
+
 def test_a_damaged_record_is_noticed_even_at_the_end(drawing: Any, tmp_path: Path) -> None:
     writer = drawing.open(tmp_path, range(8))
     drawing.commit_all(writer)

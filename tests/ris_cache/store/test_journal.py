@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,36 @@ def test_a_new_plan_drops_the_records_of_the_old_unless_it_takes_them_over(journ
     assert journal.committed([0]) == {0}
     journal.start(make_plan([0, 8]), keep_records=False)
     assert journal.committed([0]) == set()
+
+
+@given(st.data())
+def test_no_byte_of_a_plan_or_a_record_can_change_unnoticed(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """What they say goes into the manifest, where one wrong digit makes a cache that nobody can open."""
+    root = tmp_path_factory.mktemp("journal")
+    journal = Journal(root)
+    journal.start(make_plan([0, 4]), keep_records=False)
+    journal.commit(make_record(0))
+    for path in (root / "extraction" / "plan.json", root / "extraction" / "shards" / "00000.json"):
+        content = bytearray(path.read_bytes())
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+        path.write_bytes(content)
+    with pytest.raises(CorruptShardError):
+        journal.read_plan()
+    assert journal.record(0) is None
+
+
+def test_plan_and_record_are_json_that_ends_with_its_own_digest(journal: Journal, tmp_path: Path) -> None:
+    journal.start(make_plan([0, 4]), keep_records=False)
+    journal.commit(make_record(0))
+    for path in (tmp_path / "extraction" / "plan.json", tmp_path / "extraction" / "shards" / "00000.json"):
+        content = path.read_bytes()
+        document = json.loads(content)
+        assert list(document)[-1] == "digest"
+        digest = document["digest"].encode()
+        without = content.replace(b',"digest":"' + digest + b'"}\n', b"}")
+        assert hashlib.sha256(without).hexdigest().encode() == digest
 
 
 def test_every_plan_put_in_place_has_an_identity_of_its_own(journal: Journal) -> None:

@@ -55,27 +55,30 @@ class Recorded:
         self.reading_at_once: list[int] = []
         self._now = 0
         self._lock = threading.Lock()
-        real_allocate, real_read = FeatureCache.allocate, FeatureCache.read
+        real_allocate, real_read = FeatureCache.allocate, FeatureCache.read_into
 
         def allocate(cache: FeatureCache, batch_size: int, *, pinned: bool = False) -> FeatureBatch:
             self.allocated.append(batch_size)
             assert not pinned
             return real_allocate(cache, batch_size, pinned=pinned)
 
-        def read(cache: FeatureCache, ids: Sequence[int], out: FeatureBatch | None = None) -> FeatureBatch:
+        def read(
+            cache: FeatureCache, ids: Sequence[int], out: FeatureBatch | None, *, through_map: bool
+        ) -> FeatureBatch:
+            assert not through_map
             with self._lock:
                 self._now += 1
                 self.reading_at_once.append(self._now)
             time.sleep(0.002)
             try:
                 self.read.append(tuple(ids))
-                return real_read(cache, ids, out)
+                return real_read(cache, ids, out, through_map=through_map)
             finally:
                 with self._lock:
                     self._now -= 1
 
         monkeypatch.setattr(FeatureCache, "allocate", allocate)
-        monkeypatch.setattr(FeatureCache, "read", read)
+        monkeypatch.setattr(FeatureCache, "read_into", read)
         monkeypatch.setattr(FeatureCache, "advise", lambda cache, ids: self.advised.append(tuple(ids)))
 
 
@@ -195,6 +198,16 @@ def test_leaving_early_ends_the_threads(cache: FeatureCache) -> None:
     for batch in cache.prefetch(([number % 20] for number in itertools.count()), depth=4, threads=3):
         if batch.image_ids[0] == 5:
             break
+
+
+def test_leaving_early_does_not_wait_for_batches_that_were_not_begun(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = Recorded(cache, monkeypatch)
+    batches = cache.prefetch([[number] for number in range(20)], depth=16)
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert len(recorded.read) < 16
 
 
 def test_an_error_in_the_loop_ends_the_threads(cache: FeatureCache) -> None:

@@ -25,7 +25,7 @@ import torch
 import zarr
 
 from ris_cache.errors import CacheError, DiskFullError, IncompleteCacheError
-from ris_cache.store import transfer
+from ris_cache.store import refusals
 from ris_cache.store.cache import FeatureCache
 from ris_cache.store.collect import collect, remove
 from ris_cache.store.convert import convert, plan_conversion
@@ -276,11 +276,11 @@ def test_too_little_space_is_said_before_anything_is_copied(
     drawing.extract(tmp_path / "source", range(10))
     conversion = plan_conversion(tmp_path / "source", tmp_path / "target", backend="hdf5")
     with monkeypatch.context() as patch:
-        patch.setattr(transfer, "free_bytes", lambda root: conversion.num_bytes - 1)
-        with pytest.raises(CacheError, match="are still to be written"):
+        patch.setattr(refusals, "free_bytes", lambda root: conversion.num_bytes - 1)
+        with pytest.raises(CacheError, match="images need"):
             convert(conversion)
         assert not (tmp_path / "target" / "features").exists()
-        patch.setattr(transfer, "free_bytes", lambda root: conversion.num_bytes)
+        patch.setattr(refusals, "free_bytes", lambda root: conversion.num_bytes)
         assert convert(conversion)[0] == 10
 
 
