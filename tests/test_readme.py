@@ -94,5 +94,6 @@ def test_what_is_parsed_is_what_was_written() -> None:
 def test_the_table_of_commands_lists_each_command_once() -> None:
     section = README.partition("## Commands")[2].partition("\n## ")[0]
     listed = re.findall(r"^\| `(ris [^`]*)`", section, flags=re.MULTILINE)
-    without_options = [line.partition(" --")[0] for line in listed]
+    # Arguments are in capitals, and options begin with a dash.
+    without_options = [re.split(r" (?=--|[A-Z])", line)[0] for line in listed]
     assert sorted(without_options) == sorted(commands(typer.main.get_command(app)))

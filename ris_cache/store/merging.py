@@ -34,7 +34,7 @@ def merge_expressions(name: str, known: Any, added: Any) -> Any:
         new = added.filter(pc.equal(added.column("split"), split))
         old = pieces.get(split)
         pieces[split] = new if old is None else _larger(name, split, old, new)
-    return pa.concat_tables(pieces.values())
+    return pa.concat_tables([known.slice(0, 0), *pieces.values()])
 
 
 def _larger(name: str, split: str, old: Any, new: Any) -> Any:

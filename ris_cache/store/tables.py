@@ -267,8 +267,9 @@ def read_table(source: Path | BinaryIO, schema: Any, *, name: Path | None = None
     shown = name or source
     try:
         # Not `pq.read_table`: that reads folder names such as `split=val` above the file as further columns.
-        with pq.ParquetFile(source) as file:
-            table = file.read()
+        # And on this thread alone: pyarrow's pools now and then abort a process that ends soon after reading.
+        with pq.ParquetFile(source, pre_buffer=False) as file:
+            table = file.read(use_threads=False)
         table.validate(full=True)
     except (OSError, pa.ArrowException) as error:
         raise _damaged(shown, f"cannot be read as Parquet ({error})") from error

@@ -246,8 +246,8 @@ class CacheWriter:
     def finish(self, edit: Callable[[CacheDraft], None]) -> Manifest:
         """Make the result visible: features, then what `edit` adds to the draft, then the manifest.
 
-        Waits for the shards and the finishing of other processes; whoever comes later than the first finds
-        the work done, and `edit` sees it in the draft.
+        To be called once `is_done`. Waits while another process finishes; whoever comes later than the first
+        finds the work done, and `edit` sees it in the draft.
 
         Raises:
             CacheError: a shard is not done, since it was neither committed by us nor by anybody else.

@@ -20,11 +20,40 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         "--sam-weights",
         "--clip-weights",
         "--random-weights",
+        "--seed",
+        "--store",
+        "--dtype",
+        "--arithmetic",
+        "--shard-rows",
         "--batch-size",
+        "--workers",
+        "--compile",
+        "--limit",
+        "--dry-run",
         "--strict",
         "--device",
         "--json",
     ),
+    "cache info": ("--cache", "--adding", "--data", "--json"),
+    "cache verify": (
+        "--cache",
+        "--fast",
+        "--repair",
+        "--dry-run",
+        "--data",
+        "--sam-weights",
+        "--clip-weights",
+        "--random-weights",
+        "--seed",
+        "--batch-size",
+        "--device",
+        "--json",
+    ),
+    "cache convert": ("--store", "--dtype", "--shard-rows", "--dry-run", "--json"),
+    "cache compare": ("--images", "--checkpoint", "--runs", "--batch-size", "--device", "--json"),
+    "cache merge": ("--dry-run", "--json"),
+    "cache remove": ("--cache", "--dry-run", "--json"),
+    "cache gc": ("--cache", "--dry-run", "--json"),
     "train": ("--cache", "--recipe", "--config", "--set", "--run", "--runs", "--random-weights", "--json"),
     "eval": (
         "--cache",
@@ -60,7 +89,7 @@ print(json.dumps({"shown": shown, "torch": "torch" in sys.modules}))
 @pytest.fixture(scope="module")
 def asked() -> dict[str, Any]:
     """Exit code, stdout and stderr of each command's help, and whether torch was loaded by then."""
-    commands = json.dumps(["", "data", *OPTIONS])
+    commands = json.dumps(["", "data", "cache", *OPTIONS])
     finished = subprocess.run(
         [sys.executable, "-c", PROGRAM, commands], capture_output=True, text=True, check=True
     )
@@ -78,7 +107,7 @@ def test_no_help_loads_torch(asked: dict[str, Any]) -> None:
     assert asked["torch"] is False
 
 
-@pytest.mark.parametrize("command", ["", "data", *OPTIONS])
+@pytest.mark.parametrize("command", ["", "data", "cache", *OPTIONS])
 def test_help_succeeds_on_stdout(shown: dict[str, tuple[int, str, str]], command: str) -> None:
     exit_code, stdout, stderr = shown[command]
     assert exit_code == 0
@@ -108,7 +137,7 @@ def test_every_option_says_what_it_does(shown: dict[str, tuple[int, str, str]], 
     """An option's line goes on after its name and type; where they are long, on the next line."""
     lines = shown[command][1].partition("Options:")[2].splitlines()
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
-        if line.strip().startswith("--"):
+        if line.startswith("  --"):  # deeper ones go on with a sentence that names an option
             explained = len(line.strip().split("  ")) > 1 or not following.strip().startswith("-")
             assert explained, line
 

@@ -137,3 +137,8 @@ def test_an_instance_that_changed_is_refused() -> None:
             "x.y", known, tables.instances_table([instance(4), instance(5, category_id=2)])
         )
     assert caught.value.facts["ann_id"] == 5
+
+
+def test_two_tables_without_expressions_merge_to_one() -> None:
+    empty = tables.expressions_table([], [])
+    assert merging.merge_expressions("a.b", empty, empty).num_rows == 0
