@@ -20,8 +20,9 @@ $(READY): pyproject.toml Makefile
 demo: $(READY)
 	$(BIN)/ris demo
 
+# One process per core, and one thread in each: more would only wait for each other.
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from typing import Annotated
 
 import typer
@@ -39,4 +40,8 @@ def options(
 
 def main() -> None:
     """Entry point."""
-    app()
+    try:
+        app()
+    finally:
+        # While the interpreter ends, another Ctrl-C would only print a traceback out of its shutdown.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -15,8 +15,9 @@ from ris_cache import FeatureCache
 from ris_cache.store.checking import Integrity
 from ris_cache.store.draft import SHARD_ROWS, Recipe
 from ris_cache.store.fingerprint import Fingerprint
+from ris_cache.store.planning import NewImage
 from ris_cache.store.precision import decode, encode
-from ris_cache.store.writer import CacheWriter, NewImage, Outcome
+from ris_cache.store.writer import CacheWriter, Outcome
 
 __all__ = ["HDF5", "SHARD_ROWS", "ZARR", "hdf5_shard", "image_ids", "our_layouts", "zarr_group"]
 

@@ -16,9 +16,9 @@ from ris_cache.extraction.sources import Sources, load_sources
 from ris_cache.store.draft import Recipe
 from ris_cache.store.journal import Journal, Plan, PlannedImage
 from ris_cache.store.manifest import Manifest
+from ris_cache.store.planning import is_carried_out, load_base, require_same_making
 from ris_cache.store.refusals import free_bytes
 from ris_cache.store.tables import IMAGES, CachedImage, read_images, read_table
-from ris_cache.store.writer import is_carried_out, load_base, require_same_making
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

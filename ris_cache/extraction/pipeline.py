@@ -11,7 +11,6 @@ Memory: `2 * batch_size` decoded images, a batch on the device, and one shard pe
 from __future__ import annotations
 
 import hashlib
-import math
 import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,9 +160,11 @@ class Pipeline:
         except DataError as error:
             if self.strict or "expected" in error.facts:
                 raise
+            # By name: the cache outlives the place where the images lie today.
+            reason = str(error).replace(str(path), image.file_name)
             return _Decoded(
                 file_name=image.file_name,
-                outcome=Outcome(sha256=_digest_if_readable(path), reason=str(error)),
+                outcome=Outcome(sha256=_digest_if_readable(path), reason=reason),
             )
         sam_pixels, clip_pixels = self.encoders.prepare(pixels)
         return _Decoded(
@@ -275,11 +276,6 @@ class _DeviceBatch:
     def _stack(self, pixels: Sequence[npt.NDArray[np.uint8] | None]) -> torch.Tensor:
         stacked = torch.from_numpy(np.stack([frame for frame in pixels if frame is not None]))
         return stacked.pin_memory() if self._is_cuda else stacked
-
-
-def shard_bytes(arrays: Iterable[StoredArray], shard_rows: int) -> int:
-    """Return the bytes of one full shard."""
-    return shard_rows * sum(math.prod(array.shape) * array.numpy_dtype.itemsize for array in arrays)
 
 
 def _digest_if_readable(path: Path) -> str | None:

@@ -25,7 +25,6 @@ from ris_cache.extraction.run import default_workers
 from ris_cache.progress import Progress, Silent
 from ris_cache.store import files, tables
 from ris_cache.store.backends import make_backend
-from ris_cache.store.cache import find_manifest
 from ris_cache.store.draft import CacheDraft, Recipe
 from ris_cache.store.findings import Finding, bad_shards, find_wrong_size
 from ris_cache.store.fingerprint import cache_fingerprint, require_match
@@ -33,6 +32,7 @@ from ris_cache.store.journal import Journal, PlannedImage
 from ris_cache.store.layout import Array, Backend
 from ris_cache.store.locks import FileLock
 from ris_cache.store.manifest import FileEntry, Manifest
+from ris_cache.store.opening import find_manifest
 from ris_cache.store.precision import decode, encode, stored_arrays
 from ris_cache.store.rows import row_checksums
 from ris_cache.store.tables import CachedImage

@@ -24,10 +24,11 @@ from ris_cache.store.draft import SHARD_ROWS, CacheDraft, Recipe
 from ris_cache.store.fingerprint import cache_fingerprint
 from ris_cache.store.journal import Journal
 from ris_cache.store.manifest import Manifest
+from ris_cache.store.planning import NewImage, load_base
 from ris_cache.store.precision import DEFAULT_DTYPE
 from ris_cache.store.refusals import explained, require_space
 from ris_cache.store.tables import CachedImage
-from ris_cache.store.writer import CacheWriter, NewImage, ShardClaim, load_base
+from ris_cache.store.writer import CacheWriter, ShardClaim
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from ris_cache.datasets.refer import load_refer
 from ris_cache.datasets.selection import select_split
 from ris_cache.errors import DataError
 from ris_cache.store.files import sha256_file
+from ris_cache.store.planning import NewImage, require_same_image
 from ris_cache.store.tables import CachedImage
-from ris_cache.store.writer import NewImage, require_same_image
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ E CLIP's joint width, K categories.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -16,15 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ris_cache.datasets.records import InstanceRecord
-from ris_cache.errors import CacheError, CacheMissError, CorruptShardError, IncompleteCacheError, ShapeError
+from ris_cache.errors import CacheMissError, CorruptShardError, ShapeError
 from ris_cache.store import files, tables
-from ris_cache.store.backends import make_backend, unreadable
+from ris_cache.store.backends import make_backend
 from ris_cache.store.batch import FeatureBatch
 from ris_cache.store.checking import Integrity, RowChecker, require_integrity
 from ris_cache.store.fingerprint import Fingerprint
 from ris_cache.store.layout import FeatureStore
-from ris_cache.store.manifest import DatasetEntry, Manifest, load_manifest
+from ris_cache.store.manifest import DatasetEntry, Manifest
 from ris_cache.store.mapped import MappedReader
+from ris_cache.store.opening import find_manifest, read_file, require_files, require_sound_images
 from ris_cache.store.prefetch import prefetch
 from ris_cache.store.tables import CachedExpression, CachedImage, CategorySet
 
@@ -81,10 +81,10 @@ class FeatureCache:
         require_integrity(integrity)
         root = Path(root).absolute()
         manifest = find_manifest(root)
-        _require_files(root, manifest)
-        content = _read_file(root, manifest, manifest.images.file, integrity)
+        require_files(root, manifest)
+        content = read_file(root, manifest, manifest.images.file, integrity)
         table = tables.read_table(BytesIO(content), tables.IMAGES, name=root / manifest.images.file)
-        _require_sound_images(root / manifest.images.file, manifest, table)
+        require_sound_images(root / manifest.images.file, manifest, table)
         backend = make_backend(manifest.backend, root, manifest.stored_arrays(), manifest.shard_rows)
         return cls(root, manifest, table, MappedReader(backend), integrity)
 
@@ -274,7 +274,7 @@ class FeatureCache:
             )
         paths = f"categories/{name}.safetensors", f"categories/{name}.json"
         for relative in paths:
-            _read_file(self._root, self._manifest, relative, self._integrity)
+            read_file(self._root, self._manifest, relative, self._integrity)
         return tables.read_category_set(*(self._root / relative for relative in paths))
 
     def sam_heads(self) -> dict[str, npt.NDArray[Any]]:
@@ -288,7 +288,7 @@ class FeatureCache:
                 f"{self._root} holds no {files.SAM_HEADS_NAME}. `ris extract` with the same weights adds it.",
                 path=self._root / files.SAM_HEADS_NAME,
             )
-        _read_file(self._root, self._manifest, files.SAM_HEADS_NAME, self._integrity)
+        read_file(self._root, self._manifest, files.SAM_HEADS_NAME, self._integrity)
         return tables.read_tensors(self._root / files.SAM_HEADS_NAME)
 
     def _places_of(self, image_ids: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -334,116 +334,9 @@ class FeatureCache:
         return known[table_name]
 
     def _read_table(self, relative: str, schema: Any) -> Any:
-        content = _read_file(self._root, self._manifest, relative, self._integrity)
+        content = read_file(self._root, self._manifest, relative, self._integrity)
         return tables.read_table(BytesIO(content), schema, name=self._root / relative)
 
 
 def _reopen(root: Path, integrity: Integrity) -> FeatureCache:
     return FeatureCache.open(root, integrity=integrity)
-
-
-def find_manifest(root: Path) -> Manifest:
-    """Return the manifest of a finished cache, or say what the directory is instead.
-
-    Raises:
-        CacheMissError, IncompleteCacheError, CacheError, CorruptShardError: as `FeatureCache.open`.
-    """
-    try:
-        return _find_manifest(root)
-    except PermissionError as error:
-        raise unreadable(Path(error.filename or root), error) from error
-
-
-def _find_manifest(root: Path) -> Manifest:
-    if not root.exists():
-        raise CacheMissError(f"There is no cache at {root}. Make one with `ris extract`.", path=root)
-    if not root.is_dir():
-        raise CacheError(f"{root} is a file, not a cache directory as `ris extract` makes.", path=root)
-    if (root / files.MANIFEST_NAME).exists():
-        return load_manifest(root)
-    if (root / files.EXTRACTION_NAME).exists():
-        raise IncompleteCacheError(
-            f"The extraction into {root} has not finished. Run `ris extract` again: it goes on where it was.",
-            path=root,
-        )
-    if not any(path.name != files.LOCK_NAME for path in root.iterdir()):
-        raise IncompleteCacheError(f"{root} is empty. Make a cache there with `ris extract`.", path=root)
-    raise CacheError(
-        f"{root} is not a cache: it holds files, but no {files.MANIFEST_NAME}. Point --cache at a directory "
-        "that `ris extract` made.",
-        path=root,
-    )
-
-
-def _require_files(root: Path, manifest: Manifest) -> None:
-    """Check that every file listed is there and as long as listed."""
-    required = [manifest.images.file]
-    for entry in manifest.datasets.values():
-        required += [entry.expressions_file, entry.instances_file]
-    for name in manifest.category_sets:
-        required += [f"categories/{name}.safetensors", f"categories/{name}.json"]
-    missing = [relative for relative in required if relative not in manifest.files]
-    for relative, expected in manifest.files.items():
-        try:
-            num_bytes = os.stat(files.safe_join(root, relative)).st_size  # noqa: PTH116 - a third of the time
-        except (FileNotFoundError, NotADirectoryError):
-            missing.append(relative)
-            continue
-        if num_bytes != expected.bytes:
-            raise CorruptShardError(
-                f"{root / relative} has {num_bytes} bytes, but the manifest says {expected.bytes}. Restore "
-                "the file from a copy, or features with `ris cache verify --repair`.",
-                path=root / relative,
-                expected=expected.bytes,
-                found=num_bytes,
-            )
-    if missing:
-        more = f" and {len(missing) - _MAX_LISTED} more" if len(missing) > _MAX_LISTED else ""
-        raise CorruptShardError(
-            f"{root} lacks files of its manifest: {', '.join(missing[:_MAX_LISTED])}{more}. Restore them "
-            "from a copy, or features with `ris cache verify --repair`.",
-            path=root,
-            missing=missing,
-        )
-
-
-def _read_file(root: Path, manifest: Manifest, relative: str, integrity: Integrity) -> bytes:
-    """Read a file whole and compare it with its digest."""
-    path = files.safe_join(root, relative)
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise CorruptShardError(
-            f"{path} is missing. If `ris cache gc` ran since the cache was opened, open it again; otherwise "
-            "restore the file from a copy.",
-            path=path,
-        ) from error
-    except OSError as error:
-        raise unreadable(path, error) from error
-    if integrity != "off" and files.digest_of(content).sha256 != manifest.files[relative].sha256:
-        raise CorruptShardError(
-            f"{path} is damaged: its SHA-256 is not that of the manifest. Restore the file from a copy, or "
-            "extract the cache again into another directory with `ris extract`.",
-            path=path,
-        )
-    return content
-
-
-def _require_sound_images(path: Path, manifest: Manifest, table: Any) -> None:
-    """Check that the table of images makes sense as a map from images to rows."""
-    ids, rows = (table.column(name).to_numpy() for name in ("image_id", "row"))
-    lengths = table.column("crc32c").combine_chunks().value_lengths().to_numpy()
-    present = np.asarray(table.column("status").to_numpy(zero_copy_only=False) == tables.OK)
-    problem = None
-    if len(np.unique(ids)) < len(ids) or len(np.unique(rows)) < len(rows):
-        problem = "names an image or a row twice"
-    elif len(rows) and not (rows.min() >= 0 and rows.max() < manifest.rows):
-        problem = f"names rows outside 0 to {manifest.rows - 1}"
-    elif not (lengths[present] == len(manifest.arrays)).all():
-        problem = f"does not give {len(manifest.arrays)} checksums for every image"
-    if problem:
-        raise CorruptShardError(
-            f"{path} {problem}. Restore it from a copy, or extract the cache again into another directory "
-            "with `ris extract`.",
-            path=path,
-        )

@@ -21,16 +21,17 @@ from ris_cache.errors import CacheError, CacheMissError, ConfigError
 from ris_cache.progress import Progress
 from ris_cache.store import files
 from ris_cache.store.backends import make_backend
-from ris_cache.store.cache import FeatureCache, find_manifest
+from ris_cache.store.cache import FeatureCache
 from ris_cache.store.draft import CacheDraft, Recipe, remove_unlisted
 from ris_cache.store.journal import Journal
 from ris_cache.store.layout import ABSENT, Backend
 from ris_cache.store.locks import FileLock
 from ris_cache.store.manifest import Manifest, load_manifest
+from ris_cache.store.opening import find_manifest
+from ris_cache.store.planning import NewImage, is_carried_out
 from ris_cache.store.tables import CachedImage
 from ris_cache.store.transfer import Origin, as_new, origins, transfer
 from ris_cache.store.verify import unlisted_files
-from ris_cache.store.writer import NewImage, is_carried_out
 
 PURPOSE = "cache gc"
 

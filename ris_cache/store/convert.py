@@ -22,10 +22,10 @@ from ris_cache.store.fingerprint import Fingerprint
 from ris_cache.store.journal import Journal
 from ris_cache.store.locks import FileLock
 from ris_cache.store.manifest import Manifest
+from ris_cache.store.planning import NewImage, load_base
 from ris_cache.store.precision import QUANTISERS
 from ris_cache.store.tables import CachedImage
 from ris_cache.store.transfer import as_new, copy_annotations, origins, transfer
-from ris_cache.store.writer import NewImage, load_base
 
 PURPOSE = "cache convert"
 

@@ -10,13 +10,13 @@ from typing import Any
 
 from ris_cache.errors import CacheError, CorruptShardError
 from ris_cache.store import files, tables
-from ris_cache.store.cache import find_manifest
 from ris_cache.store.collect import find_garbage
 from ris_cache.store.draft import Recipe
 from ris_cache.store.journal import Journal
 from ris_cache.store.manifest import Manifest
+from ris_cache.store.opening import find_manifest
+from ris_cache.store.planning import is_carried_out
 from ris_cache.store.tables import CachedImage
-from ris_cache.store.writer import is_carried_out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

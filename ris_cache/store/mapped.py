@@ -97,10 +97,15 @@ class MappedReader:
                 raise ShapeError(f"{name}: the buffer must be writable.", name=name)
             flat = buffer.reshape(len(numbers), math.prod(array.shape)).view(np.uint8)
             targets.append((array, buffer, flat))
+        shard_rows = self._backend.shard_rows
+        known: dict[tuple[int, str], tuple[_MappedFile, npt.NDArray[np.int64]] | None] = {}
         for position, row in enumerate(numbers):
-            shard, place = divmod(row, self._backend.shard_rows)
+            shard, place = divmod(row, shard_rows)
             for array, buffer, flat in targets:
-                found = state.find(shard, array.name)
+                key = shard, array.name
+                if key not in known:
+                    known[key] = state.find(*key)
+                found = known[key]
                 if found is None:
                     self._read_through_library(array, row, buffer[position : position + 1])
                     continue

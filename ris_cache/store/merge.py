@@ -17,9 +17,9 @@ from ris_cache.store.cache import FeatureCache
 from ris_cache.store.draft import CacheDraft, Recipe
 from ris_cache.store.fingerprint import differences
 from ris_cache.store.manifest import Manifest
+from ris_cache.store.planning import NewImage, require_same_image
 from ris_cache.store.tables import CachedImage
 from ris_cache.store.transfer import Origin, as_new, copy_annotations, origins, transfer
-from ris_cache.store.writer import NewImage, require_same_image
 
 PURPOSE = "cache merge"
 

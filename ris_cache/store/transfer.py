@@ -24,10 +24,11 @@ from ris_cache.store.cache import FeatureCache
 from ris_cache.store.draft import CacheDraft, Recipe
 from ris_cache.store.files import SAM_HEADS_NAME
 from ris_cache.store.manifest import Manifest
+from ris_cache.store.planning import NewImage
 from ris_cache.store.precision import encode
 from ris_cache.store.refusals import explained, require_space
 from ris_cache.store.tables import CachedImage
-from ris_cache.store.writer import CacheWriter, NewImage, Outcome, ShardClaim
+from ris_cache.store.writer import CacheWriter, Outcome, ShardClaim
 
 _ENCODED_AT_ONCE = 16
 _POLL_SECONDS = 0.25

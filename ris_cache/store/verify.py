@@ -17,12 +17,12 @@ from ris_cache.ahead import map_ahead
 from ris_cache.errors import CorruptShardError
 from ris_cache.store import files
 from ris_cache.store.backends import make_backend
-from ris_cache.store.cache import find_manifest
 from ris_cache.store.draft import metadata_paths
 from ris_cache.store.findings import Finding, bad_shards, error_finding, finding
 from ris_cache.store.journal import Journal
 from ris_cache.store.layout import Backend
 from ris_cache.store.manifest import Manifest
+from ris_cache.store.opening import find_manifest
 from ris_cache.store.verify_shards import ShardChecker
 from ris_cache.store.verify_tables import Annotations
 

@@ -72,11 +72,12 @@ def test_missing_image_is_named_before_anything_is_computed(refused, data, tmp_p
     gone = _first_image(data)
     gone.unlink()
     message = refused(
-        "extract", "--split", "refcoco", "--data", data, "--cache", tmp_path / "c", *TINY, exit_code=3
-    )
+        "extract", "--split", "refcoco", "--data", data, "--cache", tmp_path / "c", *TINY, "--strict",
+        exit_code=3,
+    )  # fmt: skip
     assert gone.name in message
     assert "1 of 36 images" in message
-    assert not (tmp_path / "c").exists()
+    assert not (tmp_path / "c" / "features.zarr").exists()
 
 
 def test_image_whose_size_is_not_the_annotated_one(refused, data, tmp_path):

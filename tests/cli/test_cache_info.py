@@ -97,7 +97,8 @@ def test_growth_needs_the_annotations(ris, partial, tmp_path):
 
 def test_an_unfinished_extraction_is_shown(ris, tiny_cache, tmp_path):
     from ris_cache.store.draft import Recipe
-    from ris_cache.store.writer import CacheWriter, NewImage
+    from ris_cache.store.planning import NewImage
+    from ris_cache.store.writer import CacheWriter
 
     root = tmp_path / "feats"
     shutil.copytree(tiny_cache, root)

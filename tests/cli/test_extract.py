@@ -207,7 +207,8 @@ def test_the_wait_for_another_command_is_said_on_stderr(extract, val_cache, tmp_
     """Another process holds a plan for something else; here it is this one, which then ends."""
     import ris_cache.store.writer as writer_module
     from ris_cache.store.draft import Recipe
-    from ris_cache.store.writer import CacheWriter, NewImage
+    from ris_cache.store.planning import NewImage
+    from ris_cache.store.writer import CacheWriter
 
     cache = Path(shutil.copytree(val_cache, tmp_path / "feats"))
     recipe = Recipe.of(FeatureCache.open(cache).manifest)

@@ -22,7 +22,8 @@ from cli.signals import SIGNALS, StopRequest
 from ris_cache.datasets import parse_selections
 from ris_cache.datasets.shapes import write_shapes_dataset
 from ris_cache.extraction.run import Layout, extract, make_recipe
-from ris_cache.store.writer import CacheWriter, NewImage
+from ris_cache.store.planning import NewImage
+from ris_cache.store.writer import CacheWriter
 
 NUM_IMAGES = 52
 MOST_SECONDS = 90.0

@@ -29,9 +29,10 @@ from ris_cache.store.fingerprint import cache_fingerprint
 from ris_cache.store.journal import Journal
 from ris_cache.store.locks import FileLock
 from ris_cache.store.manifest import load_manifest
+from ris_cache.store.planning import NewImage
 from ris_cache.store.precision import decode, encode
 from ris_cache.store.verify import verify
-from ris_cache.store.writer import CacheWriter, NewImage, Outcome
+from ris_cache.store.writer import CacheWriter, Outcome
 
 SHARD_ROWS = 4
 BATCH = 2

@@ -22,7 +22,8 @@ from ris_cache.store import journal
 from ris_cache.store.draft import CacheDraft, Recipe
 from ris_cache.store.fingerprint import cache_fingerprint
 from ris_cache.store.locks import FileLock
-from ris_cache.store.writer import CacheWriter, NewImage, Outcome
+from ris_cache.store.planning import NewImage
+from ris_cache.store.writer import CacheWriter, Outcome
 
 NOTED_RANK = """
 import os, runpy, sys

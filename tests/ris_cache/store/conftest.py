@@ -19,8 +19,9 @@ from ris_cache.store.cache import FeatureCache
 from ris_cache.store.draft import CacheDraft, Recipe
 from ris_cache.store.fingerprint import cache_fingerprint
 from ris_cache.store.manifest import Manifest
+from ris_cache.store.planning import NewImage
 from ris_cache.store.tables import CachedImage, CategorySet
-from ris_cache.store.writer import CacheWriter, NewImage, Outcome, ShardClaim
+from ris_cache.store.writer import CacheWriter, Outcome, ShardClaim
 
 Array = npt.NDArray[Any]
 SHAPES = {"sam": (2, 3, 3), "clip": (4, 2), "clip_pooled": (5,)}

@@ -231,7 +231,7 @@ def test_a_file_that_contradicts_itself_is_refused(backend: Hdf5Backend, contrad
         change(file)
     with pytest.raises(CorruptShardError, match=rf"00001\.h5 cannot be read \(.*{problem}") as caught:
         backend.locate(1)
-    assert caught.value.facts == {"path": backend.root / SHARD, "shard": 1}
+    assert caught.value.facts.items() >= {"path": backend.root / SHARD, "shard": 1}.items()
     if contradiction != "values never written":  # h5py reads fill values there
         with pytest.raises(CorruptShardError):
             backend.read_row("clip", 9)

@@ -21,7 +21,8 @@ from ris_cache.errors import (
     ShapeError,
 )
 from ris_cache.store.cache import FeatureCache
-from ris_cache.store.writer import CacheWriter, Outcome, require_same_image
+from ris_cache.store.planning import require_same_image
+from ris_cache.store.writer import CacheWriter, Outcome
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 

@@ -142,7 +142,7 @@ def test_any_flipped_byte_of_an_index_is_noticed(backend: ZarrBackend) -> None:
         path.write_bytes(changed)
         with pytest.raises(CorruptShardError, match="clip/c/1/0/0 has an index that contradicts") as caught:
             backend.locate(1)
-        assert caught.value.facts == {"path": path, "shard": 1}
+        assert caught.value.facts.items() >= {"path": path, "shard": 1}.items()
 
 
 def test_a_shard_that_lost_rows_but_kept_its_index_is_noticed(backend: ZarrBackend) -> None:
