@@ -19,7 +19,7 @@ from ris_cache.datasets import parse_selections
 from ris_cache.encoders.frozen import FrozenEncoders
 from ris_cache.encoders.images import decode_image
 from ris_cache.errors import DataError, NonFiniteError
-from ris_cache.extraction.pipeline import BufferPool, Pipeline, shard_bytes
+from ris_cache.extraction.pipeline import BufferPool, Pipeline
 from ris_cache.extraction.sources import load_sources
 from ris_cache.store.journal import PlannedImage
 from ris_cache.store.precision import encode, stored_arrays
@@ -271,7 +271,7 @@ def test_buffers_are_made_once_and_used_again(encoders):
 
     assert pool.take() is first
     assert second is not first
-    assert sum(array.nbytes for array in first.values()) == shard_bytes(arrays, 4)
+    assert sum(array.nbytes for array in first.values()) == 4 * sum(array.row_bytes for array in arrays)
 
 
 def test_whoever_takes_a_buffer_waits_until_one_is_free(encoders):

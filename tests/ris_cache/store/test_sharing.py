@@ -212,16 +212,17 @@ def test_other_numbers_of_images_for_the_same_request_are_another_plan(drawing: 
 def test_processes_that_share_a_plan_write_what_one_alone_writes(either_drawing: Any, tmp_path: Path) -> None:
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     either_drawing.extract(alone, range(40), request={"--split": "val"})
-    log = tmp_path / "log"
+    log, all_here = tmp_path / "log", FORK.Barrier(3)
 
     def work() -> None:
         writer = either_drawing.open(shared, range(40))
+        all_here.wait(timeout=60)
         while not writer.is_done():
             for claim in writer.free_claims():
                 either_drawing.commit(claim)
                 with log.open("a") as file:
                     file.write(f"{os.getpid()} {claim.shard}\n")
-                time.sleep(0.005)
+                time.sleep(0.02)
             time.sleep(0.005)
         writer.finish(either_drawing.edit(range(40), "val"))
 
