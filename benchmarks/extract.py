@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from encoders import clip_flops, matmul_flops_per_s, measure_ours, measure_plain, sam_flops
 from PIL import Image
 
 from ris_cache.ahead import map_ahead
@@ -35,10 +36,12 @@ from ris_cache.encoders.frozen import FrozenEncoders
 from ris_cache.encoders.images import decode_image
 from ris_cache.encoders.spec import PRESETS
 from ris_cache.encoders.weights import resolve_clip_weights, resolve_sam_weights
+from ris_cache.errors import RisError
 from ris_cache.extraction.pipeline import Pipeline
-from ris_cache.extraction.run import Layout, Silent, compute_features, default_workers, make_recipe
+from ris_cache.extraction.run import Layout, compute_features, default_workers, make_recipe
 from ris_cache.extraction.sources import Sources
-from ris_cache.store.precision import encode
+from ris_cache.progress import Silent
+from ris_cache.store.precision import DTYPES, encode
 from ris_cache.store.writer import CacheWriter, Outcome
 
 _HEIGHT, _WIDTH = 480, 640
@@ -71,6 +74,15 @@ class Bench:
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark and print its table; return the exit code."""
     options = _parser().parse_args(argv)
+    try:
+        _run(options, shlex.join(["python", "benchmarks/extract.py", *argv]))
+    except RisError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _run(options: argparse.Namespace, command: str) -> None:
     num_images = options.images or _DEFAULT_IMAGES[options.preset]
     encoders = _load(options)
     with tempfile.TemporaryDirectory(prefix="ris-benchmark-", dir=options.dir) as directory:
@@ -96,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
             (f"  decoding alone, {bench.workers} threads", num_images / _time(lambda: decode_all(bench))),
             ("  storing alone", num_images / _time(_storing(bench, batches))),
         ]
-    print(f"$ {shlex.join(['python', 'benchmarks/extract.py', *argv])}")
+    print(f"$ {command}")
     print(
         f"{options.preset}, {num_images} images of {_HEIGHT}x{_WIDTH}, batches of {bench.batch_size}, "
         f"{encoders.arithmetic} on {_device_name(encoders.device)}, {os.cpu_count()} cores, "
@@ -106,7 +118,22 @@ def main(argv: Sequence[str]) -> int:
         print(f"{name:32}{rate:12.2f} images/s")
     listed = ", ".join(f"{ratio:.3f}" for ratio in ratios)
     print(f"{'files to cache / encoders alone':32}{statistics.median(ratios):12.3f}   (rounds: {listed})")
-    return 0
+    if options.floor:
+        _print_floor(encoders, num_images, bench.batch_size, statistics.median(whole))
+
+
+def _print_floor(encoders: FrozenEncoders, num_images: int, batch_size: int, whole: float) -> None:
+    """Print what the device's own products would allow, and what the libraries' plain loop reaches."""
+    flops = sam_flops(encoders.spec.sam) + clip_flops(encoders.spec.clip)
+    floor = matmul_flops_per_s(encoders.device, encoders.arithmetic) / flops
+    plain, reference = measure_plain(encoders, num_images, floor)
+    ours = measure_ours(encoders, num_images, batch_size, reference, floor)
+    print(f"{'floor: products alone':32}{floor:12.2f} images/s   ({flops / 1e12:.3f} TFLOP an image)")
+    print(f"{'files to cache / floor':32}{whole / floor:12.3f}")
+    print(f"{'plain loop, float32':32}{plain.images_per_s:12.2f} images/s")
+    print(f"{'files to cache / plain loop':32}{whole / plain.images_per_s:12.2f}")
+    for name, (relative, largest) in ours.errors.items():
+        print(f"{f'error of {name}':32}{relative:12.1e} relative, {largest:.1e} at most")
 
 
 def draw_sources(directory: Path, num_images: int) -> Sources:
@@ -203,6 +230,13 @@ def _batches(bench: Bench) -> Batches:
     ]
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
 def _time(action: Callable[[], object]) -> float:
     start = time.perf_counter()
     action()
@@ -227,12 +261,13 @@ def _device_name(device: torch.device) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny")
-    parser.add_argument("--images", type=int, help="images; 256 for tiny, 4 for paper by default")
-    parser.add_argument("--batch-size", type=int, help="by default what ris extract would take")
-    parser.add_argument("--workers", type=int, help="decoding threads")
-    parser.add_argument("--rounds", type=int, default=3, help="of both measurements in turn")
+    parser.add_argument("--images", type=_positive, help="images; 256 for tiny, 4 for paper by default")
+    parser.add_argument("--batch-size", type=_positive, help="by default what ris extract would take")
+    parser.add_argument("--workers", type=_positive, help="decoding threads")
+    parser.add_argument("--rounds", type=_positive, default=3, help="of both measurements in turn")
+    parser.add_argument("--floor", action="store_true", help="also the device's own limit and the plain loop")
     parser.add_argument("--store", choices=["zarr", "hdf5"], default="zarr")
-    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--arithmetic", default="auto")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dir", type=Path, help="where to put images and cache")

@@ -19,7 +19,7 @@ from cli.options import (
     PresetOption,
     SamWeightsOption,
 )
-from cli.render import print_json, print_table
+from cli.render import print_json, print_table, size
 from ris_cache.errors import ConfigError, DataError, StoppedError
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ ArithmeticOption = Annotated[
     str,
     typer.Option(
         "--arithmetic",
-        help="Of the encoders: float32, float16 or bfloat16; auto is float16 on CUDA, float32 elsewhere.",
+        help="Of the encoders: float32, float16 or bfloat16; auto is what the cache has, in a new one "
+        "float16 on CUDA and float32 elsewhere.",
     ),
 ]
 WorkersOption = Annotated[
@@ -108,7 +109,7 @@ def extract(
         sam_weights=sam_weights,
         clip_weights=clip_weights,
         random_seed=seed if random_weights else None,
-        arithmetic=arithmetic,
+        arithmetic=_arithmetic_of(cache) or arithmetic if arithmetic == "auto" else arithmetic,
         device=device,
         compile_encoders=compile_encoders,
     )
@@ -120,16 +121,16 @@ def extract(
     from ris_cache.extraction.run import extract as run_extraction
 
     layout = Layout(backend=store, dtype=dtype, shard_rows=shard_rows)
-    batch_size = batch_size or find_batch_size(encoders)
     if dry_run:
         found = estimate(
             selections,
             data_root=data,
             cache_root=cache,
             encoders=encoders,
-            batch_size=batch_size,
+            batch_size=batch_size or find_batch_size(encoders),
             layout=layout,
             limit=limit,
+            workers=workers,
         )
         _print_estimate(cache, found, json=json)
         return
@@ -155,6 +156,17 @@ def extract(
         typer.echo(f"note: {warning}", err=True)
     if int(os.environ.get("RANK", "0")) == 0:  # one of the processes of torchrun speaks for all
         _print_report(cache, report, json=json)
+
+
+def _arithmetic_of(cache: Path) -> str | None:
+    """The arithmetic that a cache, or the first extraction into it, was begun with; None if there is none."""
+    from ris_cache.store.journal import Journal
+    from ris_cache.store.planning import load_base
+
+    if not cache.is_dir():
+        return None
+    found = load_base(cache) or Journal(cache).read_plan()
+    return str(found.fingerprint.fields.get("arithmetic", "auto")) if found else None
 
 
 def _require_layout(store: str | None, dtype: str | None) -> None:
@@ -239,7 +251,7 @@ def _print_report(cache: Path, report: ExtractionReport, *, json: bool) -> None:
             ["images added", str(report.added)],
             ["images present before", str(report.present)],
             ["images quarantined", str(len(report.quarantined))],
-            ["size", f"{sum(entry.bytes for entry in manifest.files.values()) / 2**20:.1f} MiB"],
+            ["size", size(sum(entry.bytes for entry in manifest.files.values()))],
             ["stored as", f"{manifest.dtype}, {manifest.backend}"],
             *[[f"{role} weights", label] for role, label in manifest.weights.items()],
             ["fingerprint", manifest.fingerprint.digest[:12]],
@@ -275,8 +287,8 @@ def _print_estimate(cache: Path, found: Estimate, *, json: bool) -> None:
             ["images present", str(found.num_present)],
             ["images missing on disk", str(found.num_missing)],
             ["shards", str(found.num_shards)],
-            ["size", f"{found.num_bytes / 2**30:.2f} GiB"],
-            ["free space", f"{found.free_bytes / 2**30:.2f} GiB"],
+            ["size", size(found.num_bytes)],
+            ["free space", size(found.free_bytes)],
             ["expressions to add", str(found.num_expressions)],
             ["category embeddings to add", str(found.num_categories)],
             ["stored as", f"{found.dtype}, {found.backend}"],

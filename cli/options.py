@@ -52,8 +52,8 @@ def choose_device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"Device {name!r} cannot be used here: {str(error).splitlines()[0]} `ris doctor` shows what is "
-            "there.",
+            f"Device {name!r} cannot be used here: {str(error).splitlines()[0].rstrip('.')}. `ris doctor` shows "
+            "what is there.",
             device=name,
         ) from error
     return device

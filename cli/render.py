@@ -42,6 +42,12 @@ def print_table(
     Console(width=None if Console().is_terminal else 110, highlight=False, markup=False).print(table)
 
 
+def size(num_bytes: int) -> str:
+    """A number of bytes as people read it: 3.1 MiB, 61.2 GiB."""
+    unit, name = (2**30, "GiB") if num_bytes >= 2**30 else (2**20, "MiB")
+    return f"{num_bytes / unit:.1f} {name}"
+
+
 def percent(fraction: float) -> str:
     """A fraction as the field prints it: 0.7480 → 74.80."""
     return f"{100 * fraction:.2f}"

@@ -63,11 +63,12 @@ def estimate(
     batch_size: int,
     layout: Layout,
     limit: int | None = None,
+    workers: int | None = None,
 ) -> Estimate:
     """Plan an extraction and time one batch of it.
 
     Args:
-        selections, data_root, cache_root, encoders, batch_size, layout, limit: as for `extract`.
+        selections, data_root, cache_root, encoders, batch_size, layout, limit, workers: as for `extract`.
 
     Raises:
         DataError, FingerprintMismatchError, CacheError: as `extract` would.
@@ -79,7 +80,7 @@ def estimate(
     known = _known_images(cache_root, manifest, plan)
     wanted = [image.image_id for image in sources.needing_features(known, cache_root)]
     new_texts, new_categories = _new_texts(sources, manifest)
-    speed = _measure(sources, wanted, recipe, encoders, batch_size)
+    speed = _measure(sources, wanted, recipe, encoders, batch_size, workers or default_workers())
     return Estimate(
         num_images=len(wanted),
         num_present=len(sources.images) - len(wanted),
@@ -136,7 +137,12 @@ class _Trial:
 
 
 def _measure(
-    sources: Sources, wanted: Sequence[int], recipe: Recipe, encoders: FrozenEncoders, batch_size: int
+    sources: Sources,
+    wanted: Sequence[int],
+    recipe: Recipe,
+    encoders: FrozenEncoders,
+    batch_size: int,
+    workers: int,
 ) -> float:
     """Return images per second, decoding included, of a second batch; the first one warms up."""
     readable = [image_id for image_id in wanted if sources.paths[image_id] is not None][:batch_size]
@@ -148,7 +154,7 @@ def _measure(
         paths=sources.paths,
         dtype=recipe.dtype,
         batch_size=batch_size,
-        workers=default_workers(),
+        workers=workers,
         strict=False,
     )
     pool = BufferPool(recipe.arrays, len(readable), 1)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ris_cache.datasets import Selection
+from ris_cache.encoders.batch_size import find_batch_size
 from ris_cache.encoders.frozen import FrozenEncoders
 from ris_cache.errors import DataError, StoppedError
 from ris_cache.extraction.annotations import write_annotations
@@ -69,7 +70,7 @@ def extract(
     data_root: Path,
     cache_root: Path,
     encoders: FrozenEncoders,
-    batch_size: int,
+    batch_size: int | None = None,
     layout: Layout | None = None,
     strict: bool = False,
     workers: int | None = None,
@@ -88,7 +89,8 @@ def extract(
         data_root: holds `<dataset>/refs(<split_by>).p`, `<dataset>/instances.json` and the images.
         cache_root: new, empty, or a cache made by the same encoders.
         encoders: loaded.
-        batch_size: images per forward pass.
+        batch_size: images per forward pass; by default that of the extraction under way or cut off, or what
+            fits the device. Features of another batch size may differ in their last bits.
         layout: how to store features.
         strict: whether an image that cannot be read or stored is an error; otherwise it is quarantined and
             reported.
@@ -114,6 +116,7 @@ def extract(
             sources.require_readable(known)
         return sources.needing_features(known, cache_root)
 
+    own_batch_size = batch_size or find_batch_size(encoders)
     with explained(cache_root):
         writer = CacheWriter.open(
             cache_root,
@@ -121,14 +124,21 @@ def extract(
             purpose="extract",
             request=_request(selections, limit),
             choose=choose,
+            agreed={"batch_size": own_batch_size},
             on_wait=watcher.say,
             should_stop=should_stop,
+        )
+    agreed_size = writer.agreed.get("batch_size", own_batch_size)
+    if batch_size is not None and batch_size != agreed_size:
+        watcher.say(
+            f"This extraction began with batches of {agreed_size}; with {batch_size}, features may differ in "
+            "their last bits from an uninterrupted one's."
         )
     pipeline = Pipeline(
         encoders=encoders,
         paths=sources.paths,
         dtype=recipe.dtype,
-        batch_size=batch_size,
+        batch_size=batch_size or agreed_size,
         workers=workers or default_workers(),
         strict=strict,
         on_image=watcher.advance,

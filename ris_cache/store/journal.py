@@ -50,6 +50,8 @@ class Plan(_Strict):
     Attributes:
         purpose: the command, for messages: extract, convert, merge, gc.
         request: what was asked for; a process that asks for the same joins the plan.
+        agreed: settings that every process must share for the bytes to be those of one process alone, such
+            as the batch size; whoever joins takes them over.
         base: digest of the manifest that the plan extends; None where there was none.
         images: by ascending row.
     """
@@ -57,6 +59,7 @@ class Plan(_Strict):
     version: Literal[1]
     purpose: str
     request: dict[str, Any]
+    agreed: dict[str, Count]
     fingerprint: StoredFingerprint
     backend: Literal["zarr", "hdf5"]
     dtype: str

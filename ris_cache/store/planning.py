@@ -80,10 +80,14 @@ def require_same_making(root: Path, recipe: Recipe, base: Manifest | None, inter
         return
     stored = Fingerprint.of(found.fingerprint.fields)
     require_match(recipe.fingerprint, stored, where=str(root))
-    if (found.backend, found.shard_rows) != (recipe.backend, recipe.shard_rows):
+    differing = []
+    if found.backend != recipe.backend:
+        differing.append(f"stored as {found.backend}, not {recipe.backend} (--store)")
+    if found.shard_rows != recipe.shard_rows:
+        differing.append(f"in shards of {found.shard_rows} images, not {recipe.shard_rows} (--shard-rows)")
+    if differing:
         raise CacheError(
-            f"{root} is stored as {found.backend} in shards of {found.shard_rows}, not as {recipe.backend} "
-            f"in shards of {recipe.shard_rows}. Leave these options out to add to it, or name another "
+            f"{root} is {' and '.join(differing)}. Leave that option out to add to it, or name another "
             "directory.",
             path=root,
             expected=(recipe.backend, recipe.shard_rows),
@@ -128,6 +132,7 @@ def make_plan(
     *,
     purpose: str,
     request: Mapping[str, Any],
+    agreed: Mapping[str, int],
     after: tuple[Plan, Journal] | None = None,
 ) -> Plan:
     kept: list[PlannedImage] = []
@@ -157,6 +162,7 @@ def make_plan(
         version=1,
         purpose=purpose,
         request=dict(request),
+        agreed=dict(agreed),
         fingerprint=StoredFingerprint(digest=recipe.fingerprint.digest, fields=recipe.fingerprint.fields),
         backend="hdf5" if recipe.backend == "hdf5" else "zarr",
         dtype=recipe.dtype,

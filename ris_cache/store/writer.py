@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -138,6 +139,7 @@ class CacheWriter:
         purpose: str,
         request: Mapping[str, Any],
         choose: Callable[[Mapping[int, CachedImage]], Sequence[NewImage]],
+        agreed: Mapping[str, int] = MappingProxyType({}),
         on_wait: Callable[[str], None] = lambda reason: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Self:
@@ -149,6 +151,8 @@ class CacheWriter:
             request: JSON values that say what is asked for, so that who asks for the same works together.
             choose: given the images that the cache has, returns those that need features, in an order that
                 depends on nothing else.
+            agreed: settings that all who work on the plan should share; those of a plan in place win, see
+                `agreed`.
             on_wait: told once why there is nothing to do yet.
             should_stop: looked at while waiting.
 
@@ -171,13 +175,19 @@ class CacheWriter:
                 wanted = choose(draft.images)
                 activity = journal.activity_lock() if plan or wanted or base is None else None
                 if plan is None and activity is not None:
-                    plan = make_plan(recipe, base, wanted, purpose=purpose, request=request)
+                    plan = make_plan(recipe, base, wanted, purpose=purpose, request=request, agreed=agreed)
                     journal.start(plan, keep_records=False)
                 elif plan is not None and not asks_for(plan, request, wanted):
                     assert activity is not None
                     if activity.acquire(wait=False):
                         plan = make_plan(
-                            recipe, base, wanted, purpose=purpose, request=request, after=(plan, journal)
+                            recipe,
+                            base,
+                            wanted,
+                            purpose=purpose,
+                            request=request,
+                            agreed=agreed,
+                            after=(plan, journal),
                         )
                         journal.start(plan, keep_records=True)
                     else:
@@ -198,6 +208,11 @@ class CacheWriter:
     def shards(self) -> dict[int, tuple[PlannedImage, ...]]:
         """The images of each planned shard, by row; shards that are done too."""
         return self._shards
+
+    @property
+    def agreed(self) -> Mapping[str, int]:
+        """The settings of the plan; empty where there is nothing to write."""
+        return self._plan.agreed if self._plan else {}
 
     @property
     def num_committed(self) -> int:

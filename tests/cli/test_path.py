@@ -191,3 +191,43 @@ def test_demo_runs_from_drawing_to_overlays(tmp_path, capfd):
     assert "shuffled within the image" in printed
     assert "Random:" in printed
     assert len(list((tmp_path / "demo" / "pictures").glob("*.overlay.png"))) == NUM_PICTURES
+
+
+@pytest.mark.parametrize(("dtype", "store"), [("int8", "hdf5"), ("bfloat16", "zarr")])
+def test_a_cache_of_another_precision_trains_and_scores(ris, drawn_data, tmp_path, dtype, store):
+    cache, runs = tmp_path / "feats", tmp_path / "runs"
+    common = ("--preset", "tiny", "--random-weights", "--device", "cpu")
+    for split in ("refcoco:train", "refcoco:val"):
+        result = ris(
+            "extract", "--split", split, "--data", drawn_data, "--cache", cache, "--dtype", dtype,
+            "--store", store, *common,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+    result = ris(
+        "train", "--cache", cache, "--runs", runs, "--run", "short", "--random-weights", "--device", "cpu",
+        "--set", "train.steps=2", "--set", "train.batch_size=4", "--set", "train.eval_every=2",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    result = ris("eval", "--cache", cache, "--runs", runs, "--run", "short", "--device", "cpu", "--json")
+    assert result.exit_code == 0, result.output
+    assert [row["split"] for row in json.loads(result.stdout)["results"]] == ["refcoco.unc:val"]
+
+
+def test_an_extraction_goes_on_in_the_arithmetic_it_began_with(ris, drawn_data, tmp_path):
+    common = (
+        "--data",
+        drawn_data,
+        "--cache",
+        tmp_path,
+        "--preset",
+        "tiny",
+        "--random-weights",
+        "--device",
+        "cpu",
+    )
+    assert ris("extract", "--split", "refcoco:val", "--arithmetic", "bfloat16", *common).exit_code == 0
+    result = ris("extract", "--split", "refcoco:testA", *common)
+    assert result.exit_code == 0, result.output
+    result = ris("extract", "--split", "refcoco:testB", "--arithmetic", "float32", *common)
+    assert result.exit_code == 5
+    assert "arithmetic" in result.stderr

@@ -19,6 +19,7 @@ from ris_cache.datasets.selection import select_split
 from ris_cache.encoders.frozen import FrozenEncoders
 from ris_cache.errors import CacheError, DataError, FingerprintMismatchError, NonFiniteError, StoppedError
 from ris_cache.extraction.run import ExtractionReport, Layout, extract
+from ris_cache.progress import Silent
 from ris_cache.store.cache import FeatureCache
 
 Run = Callable[..., ExtractionReport]
@@ -288,8 +289,8 @@ def test_the_layout_asked_for_is_recorded_and_kept_by_later_runs(store, dtype, r
     ("options", "error", "code", "named"),
     [
         ({"dtype": "float32"}, FingerprintMismatchError, 5, ["dtype", "float16", "float32"]),
-        ({"store": "hdf5"}, CacheError, 3, ["zarr in shards of 4", "hdf5 in shards of 4"]),
-        ({"shard_rows": 8}, CacheError, 3, ["zarr in shards of 4", "zarr in shards of 8"]),
+        ({"store": "hdf5"}, CacheError, 3, ["stored as zarr, not hdf5 (--store)"]),
+        ({"shard_rows": 8}, CacheError, 3, ["in shards of 4 images, not 8 (--shard-rows)"]),
     ],
 )
 def test_another_layout_than_that_of_the_cache_is_refused_by_name(
@@ -352,6 +353,35 @@ def test_stopping_commits_the_shard_at_hand_and_says_how_far_it_came(run, tmp_pa
     )
     assert len(committed(tmp_path / "feats")) == 12
     assert run("refcoco").added == 40
+
+
+def test_what_goes_on_keeps_the_batch_size_it_began_with(run, tmp_path):
+    """The last bits of features depend on it."""
+    run("refcoco", shard_rows=4, batch_size=2, cache_root=tmp_path / "straight")
+    with pytest.raises(StoppedError):
+        run("refcoco", shard_rows=4, batch_size=2, should_stop=stop_after(3))
+    run("refcoco", batch_size=None)
+
+    for path in (tmp_path / "straight" / "features.zarr").rglob("*"):
+        if path.is_file():
+            other = tmp_path / "feats" / path.relative_to(tmp_path / "straight")
+            assert path.read_bytes() == other.read_bytes()
+
+
+def test_another_batch_size_on_the_way_is_taken_and_said(run, tmp_path):
+    said: list[str] = []
+
+    class Listener(Silent):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    with pytest.raises(StoppedError):
+        run("refcoco", shard_rows=4, batch_size=2, should_stop=stop_after(3))
+    assert run("refcoco", batch_size=3, progress=Listener()).added == 40
+    assert said == [
+        "This extraction began with batches of 2; with 3, features may differ in their last bits from an "
+        "uninterrupted one's."
+    ]
 
 
 def test_progress_hears_of_every_image_once(run, own_data, val_images):

@@ -24,6 +24,7 @@ def make_plan(rows: list[int], **changes: Any) -> Plan:
     values: dict[str, Any] = {
         "version": 1,
         "purpose": "extract",
+        "agreed": {"batch_size": 4},
         "request": {"--split": "refcoco/unc", "--limit": 3},
         "fingerprint": StoredFingerprint(digest=fingerprint.digest, fields=fingerprint.fields),
         "backend": "zarr",
