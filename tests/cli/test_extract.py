@@ -123,7 +123,7 @@ def test_a_dry_run_for_people_says_that_nothing_was_written(extract, val_cache):
     [
         (["--dtype", "bfloat16"], 5, ["dtype", "float16", "bfloat16"]),
         (["--store", "hdf5"], 3, ["stored as zarr, not hdf5 (--store)", "Leave that option out"]),
-        (["--shard-rows", "5"], 3, ["shards of 3", "shards of 5", "Leave these options out"]),
+        (["--shard-rows", "5"], 3, ["in shards of 3 images, not 5 (--shard-rows)"]),
         (["--store", "parquet"], 2, ["--store 'parquet'", "zarr, hdf5"]),
         (["--dtype", "float8"], 2, ["--dtype 'float8'", "float16, bfloat16, float32, int8"]),
         (["--split", "refcoco:dev"], 2, ["'dev'", "known: train, val"]),
