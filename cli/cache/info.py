@@ -12,7 +12,7 @@ from cli.options import DEFAULT_CACHE, DEFAULT_DATA, CacheOption, DataOption, Js
 from cli.render import print_json, print_table
 
 if TYPE_CHECKING:
-    from ris_cache.store.info import CacheInfo, Growth
+    from ris_cache.store.info import BegunCache, CacheInfo, Growth
 
 _MAX_REASONS = 5
 
@@ -30,8 +30,12 @@ def info(
 
     Example: ris cache info --cache ./feats --adding refcocog --data ./data
     """
-    from ris_cache.store.info import describe
+    from ris_cache.store.info import describe, find_begun
 
+    begun = find_begun(cache) if adding is None else None
+    if begun is not None:
+        _print_begun(cache, begun, json=json)
+        return
     found = describe(cache)
     more = _growth(found, adding, data) if adding is not None else None
     if json:
@@ -57,6 +61,40 @@ def info(
         )
 
 
+def _print_begun(cache: Path, begun: BegunCache, *, json: bool) -> None:
+    from dataclasses import asdict
+
+    plan = begun.unfinished
+    if json:
+        print_json(
+            {
+                "cache": str(cache),
+                "finished": False,
+                "preset": begun.preset,
+                "store": begun.backend,
+                "dtype": begun.dtype,
+                "shard_rows": begun.shard_rows,
+                "total_bytes": begun.num_bytes,
+                "unfinished": asdict(plan),
+            }
+        )
+        return
+    print_table(
+        f"Unfinished cache {cache}",
+        ["what", "value"],
+        [
+            ["begun by", plan.command],
+            ["preset", begun.preset or "unknown"],
+            ["stored as", f"{begun.dtype}, {begun.backend}"],
+            ["images", f"{plan.num_images_done} of {plan.num_images} done"],
+            ["shards", f"{plan.num_shards_done} of {plan.num_shards} done, of {begun.shard_rows} rows"],
+            ["size so far", _size(begun.num_bytes)],
+        ],
+        "Cut off, or still at work: the same command goes on where it was. Nothing can be read until then.",
+        left=("value",),
+    )
+
+
 def _growth(found: CacheInfo, adding: str, data: Path) -> Growth:
     from ris_cache.datasets import parse_selections
     from ris_cache.extraction.sources import load_sources
@@ -74,6 +112,7 @@ def _as_document(cache: Path, found: CacheInfo, more: Growth | None) -> dict[str
     unfinished, reclaimable = found.unfinished, found.reclaimable
     return {
         "cache": str(cache),
+        "finished": True,
         "format_version": manifest.format_version,
         "preset": manifest.preset,
         "store": manifest.backend,
@@ -116,12 +155,8 @@ def _rows(found: CacheInfo) -> list[list[str]]:
     ]
     if found.unfinished is not None:
         plan = found.unfinished
-        asked = " ".join(f"{name} {value}" for name, value in plan.request.items())
         rows.append(
-            [
-                "unfinished",
-                f"ris {plan.purpose} {asked}: {plan.num_shards_done} of {plan.num_shards} shards done",
-            ]
+            ["unfinished", f"{plan.command}: {plan.num_shards_done} of {plan.num_shards} shards done"]
         )
     if found.reclaimable is not None:
         freed = found.reclaimable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -42,7 +42,10 @@ def verify(
         bool, typer.Option("--fast", help="Leave the features unread: files, sizes, indexes and tables only.")
     ] = False,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Compute damaged shards again, from the images in --data.")
+        bool,
+        typer.Option(
+            "--repair", help="Make what is damaged again, from the images and annotations in --data."
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="With --repair: say what would be done, and do nothing.")
@@ -59,7 +62,7 @@ def verify(
     """Check every file of a feature cache, and name every shard that is damaged.
 
     Exits with 0 if the cache is sound, also after a repair, and with 4 if it is not. A repair needs the
-    images and the weights that the cache was made of.
+    images, annotations and weights that the cache was made of.
 
     Example: ris cache verify --cache ./feats --repair --data ./data
     """
@@ -188,6 +191,9 @@ def _as_document(
             "images": {shard: len(images) for shard, images in plan.images.items()},
             "metadata": list(plan.metadata),
             "obstacles": plan.obstacles,
+            "rebuilt": list(plan.annotations.things),
+            "not_rebuilt": plan.annotations.obstacles,
+            "left_out": plan.annotations.left_out,
         },
         "repaired": None if repaired is None else repaired.as_dict(),
     }
@@ -198,14 +204,13 @@ def _print_report(
 ) -> None:
     if repaired is not None:
         _print_repaired(repaired)
-    what = f"{_count(report.num_files, 'file')}, {_count(report.num_shards, 'shard')}"
-    read = f"{report.num_bytes / 2**20:.1f} MiB compared with their checksums"
+    looked_at = (
+        f"{_count(report.num_files, 'file')}, {_count(report.num_shards, 'shard')}; "
+        f"{report.num_bytes / 2**20:.1f} MiB compared with their checksums"
+    )
     if report.is_fast:
-        read += "; features were not read (--fast)"
-    if report.is_sound:
-        print(f"{cache} is sound: {what}; {read}.")
-    else:
-        print(f"{cache} is damaged: {what}; {read}.")
+        looked_at = f"features were not read (--fast); {looked_at}"
+    print(f"{cache} is {'sound' if report.is_sound else 'damaged'}: {looked_at}.")
     for finding in report.findings:
         print(f"  {finding}" + ("" if finding.shard is None else f" (shard {finding.shard})"))
     if report.bad_shards:
@@ -233,6 +238,9 @@ def _print_plan(plan: RepairPlan) -> None:
         print(f"Would compute {_count(num_images, 'image')} again: shards {_numbers(todo)}.")
     for path in plan.metadata:
         print(f"Would write {path} anew.")
+    if plan.annotations.things:
+        print(f"Would build again: {', '.join(plan.annotations.things)}.")
+    _print_annotations(plan.annotations.obstacles, plan.annotations.left_out)
     for shard, obstacle in plan.obstacles.items():
         print(f"Shard {shard} could not be mended: {obstacle}")
     print("Nothing was written.")
@@ -249,8 +257,22 @@ def _print_repaired(repaired: RepairReport) -> None:
         )
     for path in repaired.rewritten:
         print(f"Written anew: {path}.")
+    if repaired.rebuilt:
+        print(f"Built again: {', '.join(repaired.rebuilt)}.")
+    _print_annotations(repaired.not_rebuilt, repaired.left_out)
     for shard, problem in repaired.failures.items():
         print(f"Shard {shard} could not be mended: {problem}")
+
+
+def _print_annotations(obstacles: Mapping[str, str], left_out: Sequence[str]) -> None:
+    for thing, problem in obstacles.items():
+        print(f"Not to be built again: {thing}: {problem}")
+    if left_out:
+        splits = ",".join(left_out)
+        print(
+            f"Of {splits} the cache held a part, which cannot be built again: extract it again with "
+            f"`ris extract --split {splits}`. Features are kept."
+        )
 
 
 def _count(number: int, what: str) -> str:

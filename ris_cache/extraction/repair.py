@@ -1,4 +1,5 @@
-"""Mending a cache from the images that it was made of: damaged shards are computed again, the rest stays.
+"""Mending a cache from what it was made of: damaged shards are computed again from their images, lost tables
+built again from the annotations, category embeddings and SAM's heads from the encoders. The rest stays.
 
 A shard that comes out with the bytes it had is mended, and nothing else changes. The same encoders on other
 hardware, or in other batches, may round otherwise; then the new checksums go into tables and manifest, which
@@ -19,7 +20,8 @@ import torch
 from ris_cache.datasets import ImageRoots
 from ris_cache.encoders.batch_size import find_batch_size
 from ris_cache.encoders.frozen import FrozenEncoders
-from ris_cache.errors import CacheError, CorruptShardError, DataError, NonFiniteError
+from ris_cache.errors import CorruptShardError, DataError, NonFiniteError
+from ris_cache.extraction.annotations import LostAnnotations, Rebuilt, find_lost, rebuild
 from ris_cache.extraction.pipeline import BufferPool, Pipeline
 from ris_cache.extraction.run import default_workers
 from ris_cache.progress import Progress, Silent
@@ -28,7 +30,7 @@ from ris_cache.store.backends import make_backend
 from ris_cache.store.draft import CacheDraft, Recipe
 from ris_cache.store.findings import Finding, bad_shards, find_wrong_size
 from ris_cache.store.fingerprint import cache_fingerprint, require_match
-from ris_cache.store.journal import Journal, PlannedImage
+from ris_cache.store.journal import PlannedImage
 from ris_cache.store.layout import Array, Backend
 from ris_cache.store.locks import FileLock
 from ris_cache.store.manifest import FileEntry, Manifest
@@ -49,7 +51,10 @@ class RepairReport:
             damaged. Their new checksums are recorded.
         rewritten: metadata files, relative to the cache.
         failures: why a shard could not be mended.
-        is_stopped: asked to stop before all was done; the shards named above are done.
+        rebuilt: tables, category sets and heads that were made again.
+        not_rebuilt: why one was not, by what it is.
+        left_out: splits that rebuilt tables lack, `refcoco/unc:train`, since the cache held a part of them.
+        is_stopped: asked to stop before all was done; what is named above is done.
     """
 
     num_images: int
@@ -57,6 +62,9 @@ class RepairReport:
     changed: tuple[int, ...] = ()
     rewritten: tuple[str, ...] = ()
     failures: Mapping[int, str] = field(default_factory=dict)
+    rebuilt: tuple[str, ...] = ()
+    not_rebuilt: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
     is_stopped: bool = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -72,11 +80,13 @@ class RepairPlan:
         images: of each shard that would be computed again; none where only its files have to be written.
         metadata: files that would be written anew.
         obstacles: why a shard could not be mended.
+        annotations: tables, category sets and heads that would be made again.
     """
 
     images: Mapping[int, tuple[CachedImage, ...]]
     metadata: Mapping[str, bytes]
     obstacles: Mapping[int, str]
+    annotations: LostAnnotations = field(default_factory=LostAnnotations)
 
 
 def plan_repair(root: Path, findings: Iterable[Finding], data_root: Path) -> RepairPlan:
@@ -104,6 +114,7 @@ def plan_repair(root: Path, findings: Iterable[Finding], data_root: Path) -> Rep
         images=images,
         metadata={path: content for path, content in metadata.items() if path in wrong},
         obstacles=obstacles,
+        annotations=find_lost(root, manifest, findings, data_root),
     )
 
 
@@ -118,24 +129,26 @@ def repair(
     progress: Progress | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> RepairReport:
-    """Mend what can be mended: compute the images of damaged shards again, write damaged metadata anew.
+    """Mend what can be mended: compute the images of damaged shards again, write damaged metadata anew, and
+    make lost tables, category sets and heads again.
 
-    Quarantined images stay so. A shard that cannot be mended is reported and does not keep others from it.
+    Quarantined images stay so. What cannot be mended is reported and does not keep the rest from it. An
+    extraction that is under way or was cut off is left alone: it has rows of its own.
 
     Args:
         findings: of `verify`; those that no repair can mend are passed over.
-        data_root: holds the images.
-        load_encoders: called if there are features to compute; must give the encoders of the fingerprint.
+        data_root: holds the images and the annotations.
+        load_encoders: called if there is anything to compute; must give the encoders of the fingerprint.
         batch_size: images per forward pass; by default what fits the device.
         workers: decoding threads; by default one per processor, at most 8.
         progress: who watches.
-        should_stop: looked at before each shard.
+        should_stop: looked at before each shard, and each thing beside them.
 
     Raises:
         FingerprintMismatchError: other encoders than the cache was made by; nothing was changed.
         CorruptShardError: the manifest or the table of images is damaged, so nobody knows what belongs where.
         CacheMissError, IncompleteCacheError: there is no finished cache.
-        CacheError: an extraction is under way, or the directory may not be written to.
+        CacheError: the directory may not be written to.
         OSError: the disk is full, say.
     """
     root, watcher = root.absolute(), progress or Silent()
@@ -146,17 +159,14 @@ def repair(
         watcher.say(f"another process changes {root}; waiting for it to end")
         lock.acquire()
     with lock:
-        if Journal(root).exists:
-            raise CacheError(
-                f"An extraction into {root} is under way or was cut off. Finish it with the same command, "
-                "then repair the cache.",
-                path=root,
-            )
         plan = plan_repair(root, findings, data_root)
         work = _Repair(root, plan, ImageRoots(data_root), watcher, should_stop)
-        if any(images for shard, images in plan.images.items() if shard not in plan.obstacles):
+        has_features = any(images for shard, images in plan.images.items() if shard not in plan.obstacles)
+        if has_features or plan.annotations.things:
             encoders = load_encoders()
-            work.use(encoders, batch_size or find_batch_size(encoders), workers or default_workers())
+            work.use(encoders)
+            if has_features:
+                work.make_pipeline(batch_size or find_batch_size(encoders), workers or default_workers())
         # First, since a backend writes no shard beside metadata that says otherwise.
         for path, content in plan.metadata.items():
             files.write_atomically(root / path, content)
@@ -183,9 +193,10 @@ class _Repair:
         self._backend = _backend_of(root, self._manifest)
         self._recipe = Recipe.of(self._manifest)
         self._stages = (*_rounded_through(self._manifest), self._manifest.dtype)
+        self._encoders: FrozenEncoders | None = None
         self._pipeline: Pipeline | None = None
 
-    def use(self, encoders: FrozenEncoders, batch_size: int, workers: int) -> None:
+    def use(self, encoders: FrozenEncoders) -> None:
         """Take the encoders, which must be those of the fingerprint."""
         fingerprint = cache_fingerprint(
             encoders.spec,
@@ -195,8 +206,13 @@ class _Repair:
             rounded_through=_rounded_through(self._manifest),
         )
         require_match(fingerprint, self._manifest.to_fingerprint(), where=str(self._root))
+        self._encoders = encoders
+
+    def make_pipeline(self, batch_size: int, workers: int) -> None:
+        """Get ready to compute features."""
+        assert self._encoders is not None
         self._pipeline = Pipeline(
-            encoders=encoders,
+            encoders=self._encoders,
             paths={
                 image.image_id: self._roots.path_of(image.file_name)
                 for shard, images in self._plan.images.items()
@@ -211,7 +227,7 @@ class _Repair:
         )
 
     def run(self) -> RepairReport:
-        """Compute and write shard by shard; then record what has changed."""
+        """Compute and write shard by shard, record what has changed, then make again what lies beside."""
         todo = [shard for shard in self._plan.images if shard not in self._plan.obstacles]
         failures = dict(self._plan.obstacles)
         restored: list[int] = []
@@ -242,14 +258,27 @@ class _Repair:
             self._progress.stop()
             if changed:
                 self._record(new_files, new_images)
+        rebuilt = self._rebuild(is_stopped)
         return RepairReport(
             num_images=sum(len(self._plan.images[shard]) for shard in (*restored, *changed)),
             restored=tuple(restored),
             changed=tuple(changed),
             rewritten=tuple(self._plan.metadata),
             failures=failures,
-            is_stopped=is_stopped,
+            rebuilt=rebuilt.things,
+            not_rebuilt=rebuilt.failures,
+            left_out=self._plan.annotations.left_out,
+            is_stopped=rebuilt.is_stopped,
         )
+
+    def _rebuild(self, is_stopped: bool) -> Rebuilt:
+        lost = self._plan.annotations
+        if is_stopped or self._encoders is None or not lost.things:
+            return Rebuilt(failures=lost.obstacles, is_stopped=is_stopped)
+        return rebuild(self._root, self._new_recipe(), lost, self._encoders, self._should_stop)
+
+    def _new_recipe(self) -> Recipe:
+        return replace(self._recipe, libraries={"torch": torch.__version__})
 
     def _compute(self, images: Sequence[CachedImage]) -> dict[str, Array]:
         """Return [n, ...] of every stored array.
@@ -282,7 +311,7 @@ class _Repair:
         )
 
     def _record(self, new_files: Mapping[str, FileEntry], new_images: Iterable[CachedImage]) -> None:
-        draft = CacheDraft.begin(self._root, replace(self._recipe, libraries={"torch": torch.__version__}))
+        draft = CacheDraft.begin(self._root, self._new_recipe())
         draft.replace_shard_files(new_files)
         draft.replace_images(new_images)
         draft.commit()

@@ -60,7 +60,9 @@ class FeatureCache:
                 ids[present].tolist(), np.flatnonzero(present).tolist(), rows[present].tolist(), strict=True
             )
         }
-        self._was_read = np.zeros(len(table), np.bool_)
+        # int64[images, arrays], the opening that each was last read from and found right in. Threads that
+        # write the same image at once may mix their openings, each of which is right for its array.
+        self._openings = np.zeros((len(table), len(self._arrays)), np.int64)
         self._images: dict[int, CachedImage] | None = None
 
     @classmethod
@@ -68,9 +70,9 @@ class FeatureCache:
         """Open a cache directory without reading features.
 
         Args:
-            integrity: when to compare features with their checksums: `first-open` the first time that this
-                process reads an image, `every-read`, or `off`. Files other than features are compared
-                whenever they are read, unless `off`.
+            integrity: when to compare features with their checksums: `first-open` the first time that an
+                image is read since this process opened its shard, `every-read`, or `off`. Files other than
+                features are compared whenever they are read, unless `off`.
 
         Raises:
             CacheMissError: there is no such directory.
@@ -170,9 +172,9 @@ class FeatureCache:
         """Read as `read` does, and choose how.
 
         Args:
-            through_map: whether to copy images that this process has read before out of memory maps, the
-                fastest way as long as they are still in the page cache. Images read for the first time, or
-                all of them, are read from their files, which the disk answers several times faster.
+            through_map: whether to copy images that were read before, since this process opened their shard,
+                out of memory maps, the fastest way as long as they are still in the page cache. The others,
+                or all of them, are read from their files, which the disk answers several times faster.
 
         Raises:
             CacheMissError, ShapeError, CorruptShardError: as `read`.
@@ -187,9 +189,11 @@ class FeatureCache:
                 found=len(out.image_ids),
             )
         batch = out.first(len(rows))
-        through_map = through_map and bool(self._was_read[positions].all())
-        self._store.read_rows(rows, batch.stored, through_map=through_map)
-        wrong = self._checker.first_wrong(positions, batch.stored)
+        seen = self._openings[positions]
+        openings = self._store.read_rows(
+            rows, batch.stored, seen=seen if through_map else np.zeros_like(seen)
+        )
+        wrong = self._checker.first_wrong(positions, batch.stored, (openings == seen).all(axis=1))
         if wrong is not None:
             index, name = wrong
             raise CorruptShardError(
@@ -202,7 +206,7 @@ class FeatureCache:
                 row=rows[index],
                 shard_index=rows[index] // self._manifest.shard_rows,
             )
-        self._was_read[positions] = True
+        self._openings[positions] = openings
         batch.image_ids[:] = image_ids
         return batch
 

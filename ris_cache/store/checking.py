@@ -1,8 +1,10 @@
 """When features are compared with their checksums, and the comparing.
 
 A checksum costs about a third of the copy that it checks, so by default each image is checked the first time
-that a process reads it. Hashing whole shards when they are first opened would find the same damage, but would
-read 64 images for one wherever reading is random.
+that it is read from an opened shard. A shard that is opened anew may be another file, so its images are
+checked anew: after others took its place among the open ones, after it was replaced, and in a forked child.
+Hashing whole shards when they are opened would find the same damage, but would read 64 images for one
+wherever reading is random.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def require_integrity(integrity: str) -> None:
 
 
 class RowChecker:
-    """Compares rows with the checksums of the table of images. Threads may share it."""
+    """Compares rows with the checksums of the table of images; what it is due to check, its caller knows."""
 
     def __init__(self, table: Any, names: Sequence[str], integrity: Integrity) -> None:
         """Take the checksums from the table of images.
@@ -47,33 +49,29 @@ class RowChecker:
         self._starts: npt.NDArray[np.int32] = column.offsets.to_numpy()
         self._names = list(names)
         self._integrity = integrity
-        # Two threads that check the same image at once both write the same.
-        self._is_checked = np.zeros(len(table), np.bool_)
 
-    def first_wrong(self, positions: Sequence[int], stored: Mapping[str, Array]) -> tuple[int, str] | None:
+    def first_wrong(
+        self, positions: Sequence[int], stored: Mapping[str, Array], is_known: npt.NDArray[np.bool_]
+    ) -> tuple[int, str] | None:
         """Check rows that are due, and return the first that is wrong.
 
         Args:
             positions: of each image in the table.
             stored: C-contiguous [B, ...] of the arrays, row i of the image at positions[i].
+            is_known: bool[B], whether the row was found right before, in the files that it was read from now.
 
         Returns:
             Index into `positions` and name of the array; None if all are right.
         """
         if self._integrity == "off":
             return None
-        due = [
-            (index, position)
-            for index, position in enumerate(positions)
-            if self._integrity == "every-read" or not self._is_checked[position]
-        ]
+        due = range(len(positions)) if self._integrity == "every-read" else np.flatnonzero(~is_known).tolist()
         if not due:
             return None
         rows = {name: array.reshape(len(array), -1).view(np.uint8) for name, array in stored.items()}
-        for index, position in due:
-            start = self._starts[position]
+        for index in due:
+            start = self._starts[positions[index]]
             for offset, name in enumerate(self._names):
                 if name in rows and row_checksum(rows[name][index]) != self._values[start + offset]:
                     return index, name
-        self._is_checked[[position for _, position in due]] = True
         return None

@@ -14,12 +14,15 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from ris_cache.errors import CacheError, CacheMissError, ConfigError
 from ris_cache.progress import Progress
-from ris_cache.store import files
+from ris_cache.store import files, tables
 from ris_cache.store.backends import make_backend
 from ris_cache.store.cache import FeatureCache
 from ris_cache.store.draft import CacheDraft, Recipe, remove_unlisted
@@ -27,7 +30,7 @@ from ris_cache.store.journal import Journal
 from ris_cache.store.layout import ABSENT, Backend
 from ris_cache.store.locks import FileLock
 from ris_cache.store.manifest import Manifest, load_manifest
-from ris_cache.store.opening import find_manifest
+from ris_cache.store.opening import find_manifest, read_listed_table
 from ris_cache.store.planning import NewImage, is_carried_out
 from ris_cache.store.tables import CachedImage
 from ris_cache.store.transfer import Origin, as_new, origins, transfer
@@ -43,7 +46,7 @@ class Removal:
     Attributes:
         datasets: that are forgotten.
         category_sets: that no other dataset uses.
-        num_images: that no expression refers to any more.
+        num_images: that no expression of what stays refers to.
         num_bytes: of their features.
     """
 
@@ -77,6 +80,8 @@ class Garbage:
 def remove(root: Path, names: Sequence[str], *, dry_run: bool = False) -> Removal:
     """Forget datasets of a cache; their features stay until `collect`.
 
+    Their tables, and features, may be lost or damaged.
+
     Args:
         names: `<dataset>.<split_by>`, `<dataset>/<split_by>`, or the dataset alone where the cache has it
             with one split_by only.
@@ -86,13 +91,15 @@ def remove(root: Path, names: Sequence[str], *, dry_run: bool = False) -> Remova
         CacheMissError: a dataset that the cache does not have.
         ConfigError: a name that stands for several.
         CacheError: no finished cache, or `collect` was cut off or is under way.
+        CorruptShardError: the manifest, the table of images or a table of what stays is damaged.
     """
-    cache = FeatureCache.open(root)
-    manifest = cache.manifest
+    manifest = find_manifest(root)
     chosen = tuple(dict.fromkeys(_find_dataset(root, name, manifest.datasets) for name in names))
     kept = [name for name in manifest.datasets if name not in chosen]
-    lost = _referred(cache, chosen) - _referred(cache, kept)
-    num_with_features = sum(image_id in cache for image_id in lost)
+    # Counted without the tables of what is removed: they may be what is damaged.
+    images = read_listed_table(root, manifest, manifest.images.file, tables.IMAGES)
+    unused = pc.invert(pc.is_in(images.column("image_id"), value_set=_referred_ids(root, manifest, kept)))
+    num_with_features = pc.sum(pc.and_(unused, pc.equal(images.column("status"), tables.OK))).as_py() or 0
     used_sets = {manifest.datasets[name].category_set for name in kept}
     removal = Removal(
         datasets=chosen,
@@ -103,7 +110,7 @@ def remove(root: Path, names: Sequence[str], *, dry_run: bool = False) -> Remova
                 if name in chosen and entry.category_set not in used_sets
             )
         ),
-        num_images=len(lost),
+        num_images=pc.sum(unused).as_py() or 0,
         num_bytes=num_with_features * Recipe.of(manifest).image_bytes,
     )
     # An extraction that is under way goes on with its plan; a collection would keep what is dead by now.
@@ -247,6 +254,17 @@ def _unused_shards(cache: FeatureCache, alive: Iterable[CachedImage]) -> dict[in
 def _referred(cache: FeatureCache, datasets: Iterable[str]) -> set[int]:
     """Return the image_ids that expressions of some datasets refer to."""
     return {expression.image_id for name in datasets for expression in cache.expressions(name)}
+
+
+def _referred_ids(root: Path, manifest: Manifest, datasets: Iterable[str]) -> Any:
+    """Return the image_ids that expressions of some datasets refer to, as an Arrow array with repeats."""
+    columns = [
+        read_listed_table(root, manifest, manifest.datasets[name].expressions_file, tables.EXPRESSIONS)
+        .column("image_id")
+        .combine_chunks()
+        for name in datasets
+    ]
+    return pa.concat_arrays([pa.array([], pa.int64()), *columns])
 
 
 def _backend(cache: FeatureCache) -> Backend:

@@ -4,11 +4,14 @@ Nothing is lost between backends, nor from a precision to float32, which holds e
 did lose something on the way stands in the fingerprint (`rounded_through`), so that two caches have the same
 fingerprint only if their features were rounded alike: float32 converted to float16 is what an extraction in
 float16 gives, float16 converted to float32 is not what one in float32 gives, and going back is exact again.
+
+A source that has grown is converted into the same directory again: what the earlier result lacks is added to
+it, as an extraction adds to a cache, so whoever reads it meanwhile is not disturbed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,13 +20,13 @@ from ris_cache.progress import Progress
 from ris_cache.store import files
 from ris_cache.store.backends import make_backend
 from ris_cache.store.cache import FeatureCache
-from ris_cache.store.draft import CacheDraft, Recipe
-from ris_cache.store.fingerprint import Fingerprint
-from ris_cache.store.journal import Journal
+from ris_cache.store.draft import CacheDraft, Recipe, metadata_paths
+from ris_cache.store.earlier import identity, outcome, why_not_earlier
+from ris_cache.store.fingerprint import converted_fingerprint, rounded_through
+from ris_cache.store.journal import Journal, Plan
 from ris_cache.store.locks import FileLock
-from ris_cache.store.manifest import Manifest
-from ris_cache.store.planning import NewImage, load_base
-from ris_cache.store.precision import QUANTISERS
+from ris_cache.store.manifest import Manifest, SplitCounts
+from ris_cache.store.planning import NewImage, is_carried_out, load_base
 from ris_cache.store.tables import CachedImage
 from ris_cache.store.transfer import as_new, copy_annotations, origins, transfer
 
@@ -36,11 +39,15 @@ class Conversion:
 
     Attributes:
         recipe: of the new cache.
+        earlier: what an earlier conversion left in `target`, as it was before; None if there is no cache.
+        missing: images that `earlier` lacks, by row of the source.
     """
 
     source: FeatureCache
     target: Path
     recipe: Recipe
+    earlier: FeatureCache | None
+    missing: tuple[CachedImage, ...]
 
     @property
     def is_exact(self) -> bool:
@@ -48,20 +55,30 @@ class Conversion:
         before = self.source.manifest.dtype
         if self.recipe.dtype in (before, "float32"):
             return True
-        return self.rounded_through != (*_rounded_through(self.source.fingerprint), *_lossy(before))
+        return self.rounded_through != (*rounded_through(self.source.fingerprint), *_lossy(before))
 
     @property
     def rounded_through(self) -> tuple[str, ...]:
         """Precisions that features were rounded to before, in this order; part of the fingerprint."""
-        return _rounded_through(self.recipe.fingerprint)
+        return rounded_through(self.recipe.fingerprint)
+
+    @property
+    def has_everything(self) -> bool:
+        """Whether `earlier` has all images, splits and category sets of the source."""
+        if self.earlier is None or self.missing:
+            return False
+        before, wanted = self.earlier.manifest, self.source.manifest
+        return before.category_sets == wanted.category_sets and _splits(before) == _splits(wanted)
 
     @property
     def num_shards(self) -> int:
         """Shards of the new cache that hold images."""
-        rows = sorted(image.row for image in self.source.images.values())
+        shard_rows = self.recipe.shard_rows
+        known = self.earlier.images.values() if self.earlier else ()
+        shards = {image.row // shard_rows for image in known}
         if not self.keeps_rows:
-            return -(-len(rows) // self.recipe.shard_rows)
-        return len({row // self.recipe.shard_rows for row in rows})
+            return len(shards) + -(-len(self.missing) // shard_rows)
+        return len(shards | {image.row // shard_rows for image in self.missing})
 
     @property
     def num_bytes(self) -> int:
@@ -70,8 +87,11 @@ class Conversion:
 
     @property
     def keeps_rows(self) -> bool:
-        """Whether every image gets the row that it has."""
-        return self.recipe.shard_rows == self.source.manifest.shard_rows
+        """Whether every missing image gets the row that it has, past those of `earlier`."""
+        first_row = self.earlier.manifest.rows if self.earlier else 0
+        return self.recipe.shard_rows == self.source.manifest.shard_rows and all(
+            image.row >= first_row for image in self.missing
+        )
 
     @property
     def request(self) -> dict[str, str | int]:
@@ -96,11 +116,14 @@ def plan_conversion(
 
     Args:
         source: a finished cache.
-        target: a new or empty directory, or one in which the same conversion was cut off or is under way.
-        backend, dtype, shard_rows: of the new cache; by default those of the source.
+        target: a new or empty directory, one in which the same conversion was cut off or is under way, or
+            the result of an earlier conversion of the source, which has grown since.
+        backend, shard_rows: of the new cache; by default those of the earlier result, or of the source.
+        dtype: of the new cache; by default that of the source.
 
     Raises:
-        ConfigError: a target that is taken, or lies inside the source; an unknown backend or precision.
+        ConfigError: a target that holds something else, or lies inside the source; an unknown backend or
+            precision.
         CacheError: the source cannot be opened.
     """
     if source.resolve() == target.resolve():
@@ -117,17 +140,20 @@ def plan_conversion(
             source=source,
             target=target,
         )
-    found = Recipe.of(cache.manifest)
+    base = load_base(target)
+    earlier = FeatureCache.open(target) if base else None
+    found, layout = Recipe.of(cache.manifest), base or cache.manifest
     recipe = replace(
         found,
         fingerprint=converted_fingerprint(cache.fingerprint, dtype or found.dtype),
-        backend=backend or found.backend,
+        backend=backend or layout.backend,
         dtype=dtype or found.dtype,
-        shard_rows=shard_rows or found.shard_rows,
+        shard_rows=shard_rows or layout.shard_rows,
     )
     make_backend(recipe.backend, target, recipe.arrays, recipe.shard_rows)  # refuses unknown names
-    conversion = Conversion(source=cache, target=target, recipe=recipe)
-    _require_free_target(conversion)
+    missing = _missing(cache, earlier.images if earlier else {})
+    conversion = Conversion(source=cache, target=target, recipe=recipe, earlier=earlier, missing=missing)
+    _require_fitting_target(conversion)
     return conversion
 
 
@@ -137,7 +163,7 @@ def convert(
     progress: Progress | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[int, Manifest]:
-    """Write the new cache: shard by shard, going on where a conversion was cut off.
+    """Write the new cache, or what an earlier one lacks, going on where a conversion was cut off.
 
     Tables, category sets, SAM's heads and quarantined images come along.
 
@@ -145,26 +171,24 @@ def convert(
         How many images this process copied, and the manifest of the new cache.
 
     Raises:
-        NonFiniteError: a value that the new precision cannot hold; the target is left empty then.
+        NonFiniteError: a value that the new precision cannot hold; the target is left empty, or as it was.
         ConfigError: the target has been taken meanwhile.
         CacheError, CorruptShardError, DiskFullError, StoppedError: as `transfer`.
     """
     source, target, recipe = conversion.source, conversion.target, conversion.recipe
+    shard_rows, num_rows = source.manifest.shard_rows, source.manifest.rows
 
     def choose(known: Mapping[int, CachedImage]) -> list[NewImage]:
-        _require_free_target(conversion)  # again, now that no other process can take it
-        images = sorted(source.images.values(), key=lambda image: image.row)
-        return [
-            as_new(image, row=image.row if conversion.keeps_rows else None)
-            for image in images
-            if image.image_id not in known
-        ]
+        _require_fitting_target(conversion)  # again, now that no other process can take it
+        missing = _missing(source, known)
+        keeps_rows = recipe.shard_rows == shard_rows and _are_rows_free(target, missing)
+        return [as_new(image, row=image.row if keeps_rows else None) for image in missing]
 
     def edit(draft: CacheDraft) -> None:
         copy_annotations(draft, source)
-        if conversion.keeps_rows and source.manifest.rows:
+        if num_rows and recipe.shard_rows == shard_rows and _rows(draft.images) == _rows(source.images):
             # Rows at the end may have lost their images; the arrays stay as long as they are.
-            draft.add_shard(source.manifest.rows // recipe.shard_rows - 1, {}, ())
+            draft.add_shard(num_rows // shard_rows - 1, {}, ())
 
     try:
         return transfer(
@@ -179,45 +203,42 @@ def convert(
             should_stop=should_stop,
         )
     except NonFiniteError as error:
-        remedy = (
-            f"Nothing is kept in {target}: run the command again with such a --dtype."
-            if _give_up(target)
-            else f"Other processes still write to {target}: name another directory with such a --dtype."
-        )
+        if not _give_up(target):
+            remedy = f"Other processes still write to {target}: name another directory with such a --dtype."
+        elif (target / files.MANIFEST_NAME).exists():
+            remedy = f"{target} is as it was: name another directory with such a --dtype."
+        else:
+            remedy = f"Nothing is kept in {target}: run the command again with such a --dtype."
         raise NonFiniteError(f"{error} {remedy}", **error.facts) from error
 
 
-def converted_fingerprint(found: Fingerprint, dtype: str) -> Fingerprint:
-    """Return the fingerprint of a cache converted to a precision."""
-    before = str(found.fields["dtype"])
-    if dtype == before:
-        return found
-    through = [*_rounded_through(found), *_lossy(before)]
-    # Rounding again what was rounded to the same floats changes nothing. An int8 scale may change in its last
-    # digit when it is computed again.
-    if through[-1:] == [dtype] and dtype not in QUANTISERS:
-        through.pop()
-    return Fingerprint.of(
-        {
-            **found.fields,
-            "dtype": dtype,
-            "quantiser": QUANTISERS.get(dtype, "none"),
-            "rounded_through": through,
-        }
+def _missing(source: FeatureCache, known: Mapping[int, CachedImage]) -> tuple[CachedImage, ...]:
+    """Return images that are not known, or of which more is known by now than that they are quarantined."""
+    return tuple(
+        image
+        for image in sorted(source.images.values(), key=lambda image: image.row)
+        if (found := known.get(image.image_id)) is None
+        or (found.is_quarantined and outcome(found) != outcome(image))
     )
 
 
-def _rounded_through(fingerprint: Fingerprint) -> tuple[str, ...]:
-    return tuple(fingerprint.fields.get("rounded_through", ()))
+def _are_rows_free(target: Path, missing: Sequence[CachedImage]) -> bool:
+    """Whether images can have the rows that they have in the source: in shards that nobody has written."""
+    base, journal = load_base(target), Journal(target)
+    plan = journal.read_plan()
+    shards = plan.shards() if plan else {}
+    taken = journal.committed(shards)
+    done = {image.image_id for shard in taken for image in shards[shard]}
+    first_row = base.rows if base else 0
+    return all(
+        image.row >= first_row and (plan is None or image.row // plan.shard_rows not in taken)
+        for image in missing
+        if image.image_id not in done
+    )
 
 
-def _lossy(dtype: str) -> tuple[str, ...]:
-    """A precision as an entry of `rounded_through`: features are computed in float32, which loses nothing."""
-    return () if dtype == "float32" else (dtype,)
-
-
-def _require_free_target(conversion: Conversion) -> None:
-    """Refuse a target that holds anything but this conversion, under way, cut off or finished."""
+def _require_fitting_target(conversion: Conversion) -> None:
+    """Refuse a target that holds anything but this conversion, of the source as it is or as it was."""
     target = conversion.target
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{target} is a file; name a directory for the new cache.", path=target)
@@ -225,56 +246,80 @@ def _require_free_target(conversion: Conversion) -> None:
     base = load_base(target)
     plan = Journal(target).read_plan()
     if base is not None:
-        if not _is_result(conversion, base):
+        problem = why_not_earlier(conversion, FeatureCache.open(target))
+        if problem is not None:
             raise ConfigError(
-                f"{target} holds a cache already. Name a new directory; nothing was changed.", path=target
+                f"{target} holds a cache already, which is no earlier conversion of "
+                f"{conversion.source.root}: {problem}. Name a new directory; nothing was changed.",
+                path=target,
+                reason=problem,
             )
-    elif plan is not None:
-        if plan.request != conversion.request:
+    if plan is not None:
+        if not is_carried_out(plan, target, base) and not _is_part(conversion, plan):
             described = ", ".join(f"{name} {value}" for name, value in plan.request.items())
             raise ConfigError(
                 f"{target} holds an unfinished `ris {plan.purpose}` of something else ({described}). Finish "
-                "it with the same command, remove the directory, or name another one.",
+                "it with the same command, or name another directory.",
                 path=target,
                 request=dict(plan.request),
             )
-    elif names and not names & {files.LOCK_NAME, files.EXTRACTION_NAME}:
+    elif base is None and names and not names & {files.LOCK_NAME, files.EXTRACTION_NAME}:
         raise ConfigError(
             f"{target} is not empty. Name a new or empty directory; nothing was changed.", path=target
         )
 
 
-def _is_result(conversion: Conversion, base: Manifest) -> bool:
-    """Whether a finished cache is what the conversion makes; so it is for a process that comes late."""
-    wanted, recipe = conversion.source.manifest, conversion.recipe
-    if (
-        base.fingerprint.digest != recipe.fingerprint.digest
-        or (base.backend, base.shard_rows) != (recipe.backend, recipe.shard_rows)
-        or base.category_sets != wanted.category_sets
-        or {name: entry.splits for name, entry in base.datasets.items()}
-        != {name: entry.splits for name, entry in wanted.datasets.items()}
+def _is_part(conversion: Conversion, plan: Plan) -> bool:
+    """Whether an unfinished plan makes what this conversion makes, or some of it: the source grew since."""
+    if plan.request == conversion.request:
+        return True
+    recipe, images = conversion.recipe, conversion.source.images
+    if (plan.purpose, plan.fingerprint.digest, plan.backend, plan.shard_rows) != (
+        PURPOSE,
+        recipe.fingerprint.digest,
+        recipe.backend,
+        recipe.shard_rows,
     ):
         return False
-    found = FeatureCache.open(conversion.target)
-    return _outcomes(found) == _outcomes(conversion.source)
+    records = Journal(conversion.target).records(sorted(plan.shards()))
+    return all(
+        image.image_id in images and identity(image) == identity(images[image.image_id])
+        for image in plan.images
+    ) and all(
+        (image.sha256, image.reason) == outcome(images[image.image_id])
+        for record in records
+        for image in record.images
+    )
 
 
-def _outcomes(cache: FeatureCache) -> dict[int, tuple[str | None, str | None]]:
-    return {image_id: (image.sha256, image.reason) for image_id, image in cache.images.items()}
+def _splits(manifest: Manifest) -> dict[str, dict[str, SplitCounts]]:
+    return {name: entry.splits for name, entry in manifest.datasets.items()}
+
+
+def _rows(images: Mapping[int, CachedImage]) -> dict[int, int]:
+    return {image_id: image.row for image_id, image in images.items()}
 
 
 def _give_up(target: Path) -> bool:
-    """Empty a target that can never be finished; False if another process works on it or has finished it."""
+    """Remove what can never be finished; False if another process works on it."""
     with FileLock(target / files.LOCK_NAME):
-        if (target / files.MANIFEST_NAME).exists():
-            return False
         journal = Journal(target)
         activity = journal.activity_lock()
         if not activity.acquire(wait=False):
             return False
         try:
+            base = load_base(target)
             journal.discard()
-            files.remove_files(target, files.all_files(target))
+            left = files.all_files(target)
+            if base is not None:
+                left = {path: left[path] for path in left if _is_leftover(path, base)}
+            files.remove_files(target, left)
         finally:
             activity.release()
     return True
+
+
+def _is_leftover(relative: str, base: Manifest) -> bool:
+    """Whether a file is of a shard that never entered the cache."""
+    features = tuple(f"{name}/" for name in files.FEATURE_DIRECTORIES)
+    return relative.startswith(features) and relative not in {*base.files, *metadata_paths(base)}

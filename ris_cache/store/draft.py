@@ -32,6 +32,7 @@ from ris_cache.store.manifest import (
     StoredFingerprint,
 )
 from ris_cache.store.merging import merge_expressions, merge_instances, merged_counts
+from ris_cache.store.opening import read_file, read_listed_table
 from ris_cache.store.precision import FEATURES, stored_arrays
 from ris_cache.store.tables import CachedImage, CategorySet
 
@@ -103,7 +104,7 @@ class CacheDraft:
         self._new_files: dict[str, bytes] = {}
         self._images: dict[int, CachedImage] = {}
         if base is not None:
-            table = tables.read_table(root / base.images.file, tables.IMAGES)
+            table = read_listed_table(root, base, base.images.file, tables.IMAGES)
             self._images = {image.image_id: image for image in tables.read_images(table)}
 
     @classmethod
@@ -186,6 +187,19 @@ class CacheDraft:
     def drop_dataset(self, name: str) -> None:
         """Forget a dataset, and its category set if no other uses it.
 
+        The files are not looked at, so what is lost or damaged can be dropped too.
+
+        Raises:
+            CacheMissError: there is none of this name.
+        """
+        category_set = self.drop_tables(name).category_set
+        if all(other.category_set != category_set for other in self._datasets.values()):
+            self._category_sets.remove(category_set)
+            self.drop_files(_category_files(category_set))
+
+    def drop_tables(self, name: str) -> DatasetEntry:
+        """Forget a dataset but not its category set; returns what was known of it.
+
         Raises:
             CacheMissError: there is none of this name.
         """
@@ -197,9 +211,7 @@ class CacheDraft:
             )
         entry = self._datasets.pop(name)
         self.drop_files((entry.expressions_file, entry.instances_file))
-        if all(other.category_set != entry.category_set for other in self._datasets.values()):
-            self._category_sets.remove(entry.category_set)
-            self.drop_files(_category_files(entry.category_set))
+        return entry
 
     def has_split(self, name: str, split: str, *, num_expressions: int) -> bool:
         """Whether a split is there, with as many expressions or more; `write_tables` compares them."""
@@ -274,9 +286,7 @@ class CacheDraft:
             self._category_sets.append(name)
             self._new_category_sets[name] = categories
             return
-        known = self._new_category_sets.get(name) or tables.read_category_set(
-            *(self._root / path for path in paths)
-        )
+        known = self._new_category_sets.get(name) or self._read_category_set(name)
         if (known.ids, known.names, known.template) != (
             categories.ids,
             categories.names,
@@ -287,6 +297,13 @@ class CacheDraft:
                 "this one another name, or extract into another directory.",
                 name=name,
             )
+
+    def replace_categories(self, name: str, categories: CategorySet) -> None:
+        """Write a category set that the cache has, and whose files are lost or damaged, anew."""
+        assert name in self._category_sets, "there is none to replace"
+        for path, content in zip(_category_files(name), tables.category_set_files(categories), strict=True):
+            self._add_file(path, content)
+        self._new_category_sets[name] = categories
 
     def has_category_set(self, name: str) -> bool:
         """Whether there is a category set of this name."""
@@ -299,7 +316,7 @@ class CacheDraft:
             self._add_file(files.SAM_HEADS_NAME, safetensors.numpy.save(contiguous))
 
     def commit(self) -> Manifest:
-        """Write new files, then the manifest; nothing is written where nothing changed.
+        """Write new files, then the manifest; what is there already is not written again.
 
         Raises:
             IncompleteCacheError: a dataset's category set is missing.
@@ -327,16 +344,21 @@ class CacheDraft:
                 "files": dict(sorted(self._files.items())),
             }
         )
+        for relative, content in self._new_files.items():
+            # Where a damaged file is written anew, the manifest may stay what it is.
+            if relative in self._files and not _holds(self._root / relative, content):
+                files.write_atomically(self._root / relative, content)
+        backend = make_backend(finished.backend, self._root, finished.stored_arrays(), finished.shard_rows)
+        metadata = backend.metadata_files(self._rows)
         if self._base is not None:
             unstamped = {"recorded": self._base.recorded, "digest": self._base.digest}
             if finished.model_copy(update=unstamped) == self._base:
+                lost = [relative for relative in metadata if not (self._root / relative).exists()]
+                for relative in lost:
+                    files.write_atomically(self._root / relative, metadata[relative])
                 return self._base
-        for relative, content in self._new_files.items():
-            if relative in self._files:
-                files.write_atomically(self._root / relative, content)
-        backend = make_backend(finished.backend, self._root, finished.stored_arrays(), finished.shard_rows)
         # An array that is longer than the manifest says harms nobody; one that is shorter would.
-        for relative, content in backend.metadata_files(self._rows).items():
+        for relative, content in metadata.items():
             files.write_atomically(self._root / relative, content)
         sealed = finished.sealed()
         files.write_atomically(self._root / files.MANIFEST_NAME, sealed.to_json())
@@ -370,7 +392,17 @@ class CacheDraft:
 
     def _read(self, relative: str, schema: Any) -> Any:
         content = self._new_files.get(relative)
-        return tables.read_table(self._root / relative if content is None else BytesIO(content), schema)
+        if content is None:
+            assert self._base is not None, "without a base, every file is new"
+            content = read_file(self._root, self._base, relative, "first-open")
+        return tables.read_table(BytesIO(content), schema, name=self._root / relative)
+
+    def _read_category_set(self, name: str) -> CategorySet:
+        assert self._base is not None, "without a base, every file is new"
+        paths = _category_files(name)
+        for path in paths:
+            read_file(self._root, self._base, path, "first-open")
+        return tables.read_category_set(*(self._root / path for path in paths))
 
 
 def remove_unlisted(root: Path, finished: Manifest) -> dict[str, int]:
@@ -391,6 +423,14 @@ def metadata_paths(finished: Manifest) -> set[str]:
         return set()
     names = [entry.name for entry in finished.arrays]
     return {"features.zarr/zarr.json", *(f"features.zarr/{name}/zarr.json" for name in names)}
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether a file is there with this content."""
+    try:
+        return path.stat().st_size == len(content) and path.read_bytes() == content
+    except OSError:
+        return False
 
 
 def _category_files(name: str) -> tuple[str, str]:

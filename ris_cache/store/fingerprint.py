@@ -98,6 +98,35 @@ def cache_fingerprint(
     )
 
 
+def converted_fingerprint(found: Fingerprint, dtype: str) -> Fingerprint:
+    """Return the fingerprint of a cache converted to a precision."""
+    before = str(found.fields["dtype"])
+    if dtype == before:
+        return found
+    through = [*rounded_through(found), *_lossy(before)]
+    # Rounding again what was rounded to the same floats changes nothing. An int8 scale may change in its last
+    # digit when it is computed again.
+    if through[-1:] == [dtype] and dtype not in QUANTISERS:
+        through.pop()
+    return Fingerprint.of(
+        {
+            **found.fields,
+            "dtype": dtype,
+            "quantiser": QUANTISERS.get(dtype, "none"),
+            "rounded_through": through,
+        }
+    )
+
+
+def rounded_through(fingerprint: Fingerprint) -> tuple[str, ...]:
+    return tuple(fingerprint.fields.get("rounded_through", ()))
+
+
+def _lossy(dtype: str) -> tuple[str, ...]:
+    """A precision as an entry of `rounded_through`: features are computed in float32, which loses nothing."""
+    return () if dtype == "float32" else (dtype,)
+
+
 def differences(expected: Fingerprint, found: Fingerprint) -> list[FieldDifference]:
     """List the fields that differ, by path; empty exactly when the digests are equal."""
     return sorted(_compare((), expected.fields, found.fields), key=lambda difference: difference.path)
@@ -115,19 +144,36 @@ def require_match(expected: Fingerprint, found: Fingerprint, *, where: str) -> N
     if expected.digest == found.digest:
         return
     fields = differences(expected, found)
-    listed = [f"  {field}" for field in fields[:_MAX_LISTED]]
+    listed = [
+        f"  {field.path}: cache has {_shown(field.found)}, asked for {_shown(field.expected)}"
+        for field in fields[:_MAX_LISTED]
+    ]
     if len(fields) > _MAX_LISTED:
         listed.append(f"  and {len(fields) - _MAX_LISTED} more")
     raise FingerprintMismatchError(
         f"The cache {where} was made with other settings (fingerprint {found.short}) than asked for "
-        f"({expected.short}):\n"
-        + "\n".join(listed)
-        + "\nAsk for the settings the cache was made with, point --cache at a matching cache, or make a new "
-        "one in another directory with `ris extract`.",
+        f"({expected.short}):\n" + "\n".join(listed) + "\n" + _way_out(fields, found),
         where=where,
         expected=expected.digest,
         found=found.digest,
         differences=fields,
+    )
+
+
+def _way_out(fields: Sequence[FieldDifference], found: Fingerprint) -> str:
+    through = found.fields.get("rounded_through")
+    paths = {field.path for field in fields}
+    if through and "rounded_through" in paths and paths <= {"dtype", "quantiser", "rounded_through"}:
+        # No extraction gives what a conversion gave, but one into its source, converted again, does.
+        return (
+            f"The cache is a conversion of one whose features were stored as {through[0]}. To add to it, "
+            "extract into the cache that it was converted from, or into one like it (`ris extract --dtype "
+            f"{through[0]}`), and run `ris cache convert` from there into this one again. Or name another "
+            "directory for a cache of its own."
+        )
+    return (
+        "Ask for the settings the cache was made with, point --cache at a matching cache, or make a new "
+        "one in another directory with `ris extract`."
     )
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from ris_cache.errors import CacheError, CorruptShardError
+from ris_cache.errors import CacheError
 from ris_cache.store import files, tables
 from ris_cache.store.collect import find_garbage
 from ris_cache.store.draft import Recipe
-from ris_cache.store.journal import Journal
+from ris_cache.store.journal import Journal, Plan
 from ris_cache.store.manifest import Manifest
-from ris_cache.store.opening import find_manifest
+from ris_cache.store.opening import find_manifest, read_listed_table
 from ris_cache.store.planning import is_carried_out
 from ris_cache.store.tables import CachedImage
 
@@ -26,7 +26,8 @@ class Unfinished:
     Attributes:
         purpose: the command.
         request: what was asked for.
-        num_images: planned, in `num_shards`, of which `num_shards_done` are committed.
+        num_images: planned, in `num_shards`, of which `num_shards_done` are committed, with
+            `num_images_done`.
     """
 
     purpose: str
@@ -34,6 +35,30 @@ class Unfinished:
     num_images: int
     num_shards: int
     num_shards_done: int
+    num_images_done: int
+
+    @property
+    def command(self) -> str:
+        """What was run, as far as the request says it."""
+        return " ".join(("ris", self.purpose, *(f"{name} {value}" for name, value in self.request.items())))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BegunCache:
+    """A cache whose first extraction, or conversion, has not finished: nobody can read it yet.
+
+    Attributes:
+        preset: name of the encoder preset; None if the plan does not say.
+        num_bytes: of all its files so far.
+    """
+
+    root: Path
+    unfinished: Unfinished
+    preset: str | None
+    backend: str
+    dtype: str
+    shard_rows: int
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +135,36 @@ class Growth:
     num_bytes: int
 
 
+def find_begun(root: Path) -> BegunCache | None:
+    """Describe what has been begun in a directory without a finished cache; None if nothing has.
+
+    Raises:
+        CorruptShardError: the plan of it is damaged.
+    """
+    root = root.absolute()
+    if (root / files.MANIFEST_NAME).exists():
+        return None
+    journal = Journal(root)
+    plan = journal.read_plan()
+    if plan is None:
+        return None
+    encoders = plan.fingerprint.fields.get("encoders")
+    preset = encoders.get("preset") if isinstance(encoders, dict) else None
+    num_bytes = 0
+    for path in files.all_files(root).values():
+        with contextlib.suppress(FileNotFoundError):  # a temporary file that has just got its name
+            num_bytes += path.stat().st_size
+    return BegunCache(
+        root=root,
+        unfinished=_progress_of(plan, journal),
+        preset=None if preset is None else str(preset),
+        backend=plan.backend,
+        dtype=plan.dtype,
+        shard_rows=plan.shard_rows,
+        num_bytes=num_bytes,
+    )
+
+
 def describe(root: Path) -> CacheInfo:
     """Describe a finished cache; features are neither read nor checked.
 
@@ -170,24 +225,22 @@ def _find_unfinished(root: Path, manifest: Manifest) -> Unfinished | None:
     plan = journal.read_plan()
     if plan is None or is_carried_out(plan, root, manifest):
         return None
+    return _progress_of(plan, journal)
+
+
+def _progress_of(plan: Plan, journal: Journal) -> Unfinished:
     shards = plan.shards()
+    done = journal.committed(shards)
     return Unfinished(
         purpose=plan.purpose,
         request=dict(plan.request),
         num_images=len(plan.images),
         num_shards=len(shards),
-        num_shards_done=len(journal.committed(shards)),
+        num_shards_done=len(done),
+        num_images_done=sum(len(shards[shard]) for shard in done),
     )
 
 
 def _read_images(root: Path, manifest: Manifest) -> dict[int, CachedImage]:
-    path = files.safe_join(root, manifest.images.file)
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise CorruptShardError(
-            f"{path} is missing. `ris cache verify` says what else is; restore the file from a copy.",
-            path=path,
-        ) from error
-    table = tables.read_table(BytesIO(content), tables.IMAGES, name=path)
+    table = read_listed_table(root, manifest, manifest.images.file, tables.IMAGES)
     return {image.image_id: image for image in tables.read_images(table)}

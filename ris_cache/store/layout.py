@@ -147,15 +147,24 @@ class FeatureStore(Protocol):
         rows: Sequence[int] | npt.NDArray[np.int64],
         out: Mapping[str, Array],
         *,
-        through_map: bool = True,
-    ) -> None:
+        seen: npt.NDArray[np.int64] | None = None,
+    ) -> npt.NDArray[np.int64]:
         """Copy rows into buffers.
+
+        A file is opened by the first read that needs it and is kept open for later ones. Each opening has a
+        number that no other opening has, in this process or in the one that it was forked from.
 
         Args:
             rows: B rows in any order, repeats allowed.
             out: the arrays wanted, by name: C-contiguous [B, ...] in the array's dtype, filled in place.
-            through_map: whether to copy out of memory maps, the fastest way to what is in the page cache, or
-                to read files, the faster way to what is not.
+            seen: int64[B, arrays], what reading the same rows returned before, 0 for what was never read.
+                What was read from the same opening is copied out of memory maps, the fastest way to what is
+                in the page cache; the rest is read from files, the faster way to what is not. By default all
+                is copied out of memory maps.
+
+        Returns:
+            int64[B, arrays], the opening that each row of each array, as the backend lists them, came from; 0
+            for arrays that are not in `out`.
 
         Raises:
             ShapeError: a buffer that does not fit.

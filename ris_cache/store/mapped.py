@@ -10,17 +10,20 @@ locate (compressed, say) are read through the format's own library, slower.
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import itertools
 import math
 import mmap
 import os
 import resource
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +32,9 @@ from ris_cache.errors import CacheError, CacheMissError, ShapeError
 from ris_cache.store.backends import check_buffer, damaged, unreadable
 from ris_cache.store.layout import ABSENT, Array, Backend, StoredArray
 
+_T = TypeVar("_T")
 _MAX_OPEN: Final = 4096
+_MAX_HELD: Final = 64
 _ATTEMPTS: Final = 10
 _ADVISED_BYTES: Final = 1 << 17
 """Linux reads ahead no more than the device's window for one call, however long; this is the usual window."""
@@ -39,15 +44,17 @@ class MappedReader:
     """A `FeatureStore` over the files of any backend; safe to share between threads, processes and pickles.
 
     Nothing is opened before the first read, and nothing opened crosses a fork. A shard that is replaced
-    while it is mapped keeps its old bytes in this reader until its map is dropped.
+    while it is mapped keeps its old bytes in this reader until its map is dropped. All readers of a process
+    together map no more than half of the files that it may open; the least recently used maps go first.
     """
 
     def __init__(self, backend: Backend, max_open: int | None = None) -> None:
         """Read nothing yet.
 
         Args:
-            max_open: most shard files mapped at once; by default half of the files the process may open.
+            max_open: most shard files that this reader maps at once; by default as many as all may.
         """
+        _raise_file_limit()
         self._backend = backend
         self._arrays = {array.name: array for array in backend.arrays}
         self._max_open = max_open
@@ -71,15 +78,21 @@ class MappedReader:
         rows: Sequence[int] | npt.NDArray[np.int64],
         out: Mapping[str, Array],
         *,
-        through_map: bool = True,
-    ) -> None:
+        seen: npt.NDArray[np.int64] | None = None,
+    ) -> npt.NDArray[np.int64]:
         """Copy rows into buffers.
 
         Args:
             rows: B rows in any order, repeats allowed.
             out: the arrays wanted, by name: C-contiguous [B, ...] in the array's dtype, filled in place.
-            through_map: whether to copy out of the maps. A map fetches what is not in memory page by page;
-                reading the file fetches it in one piece, but costs a little more where all is there.
+            seen: int64[B, arrays], what reading the same rows returned before, 0 for what was never read.
+                What was read from the same opening is copied out of its map, by default all is. A map fetches
+                what is not in memory page by page; reading the file fetches it in one piece, but costs a
+                little more where all is there.
+
+        Returns:
+            int64[B, arrays], the opening that each row of each array of the backend came from; 0 for arrays
+            that are not in `out`. Reading through the format's library is an opening each time.
 
         Raises:
             ShapeError: a buffer that does not fit.
@@ -89,32 +102,34 @@ class MappedReader:
         """
         state = self._state()
         numbers = self._numbers(rows)
-        targets = []
-        for name, buffer in out.items():
-            array = self._array(name)
-            check_buffer(array, buffer, len(numbers))
-            if not buffer.flags.writeable:
-                raise ShapeError(f"{name}: the buffer must be writable.", name=name)
-            flat = buffer.reshape(len(numbers), math.prod(array.shape)).view(np.uint8)
-            targets.append((array, buffer, flat))
+        targets = [self._target(name, buffer, len(numbers)) for name, buffer in out.items()]
+        openings = np.zeros((len(numbers), len(self._arrays)), np.int64)
+        seen_openings = None if seen is None else seen.tolist()
         shard_rows = self._backend.shard_rows
-        known: dict[tuple[int, str], tuple[_MappedFile, npt.NDArray[np.int64]] | None] = {}
+        max_held = min(_MAX_HELD, _default_max_open() // 8)
+        held: dict[tuple[int, str], tuple[_MappedFile, npt.NDArray[np.int64]] | None] = {}
         for position, row in enumerate(numbers):
             shard, place = divmod(row, shard_rows)
-            for array, buffer, flat in targets:
+            if len(held) > max_held:  # what is held here stays open, even if it is dropped meanwhile
+                held.clear()
+            for column, array, buffer, flat in targets:
                 key = shard, array.name
-                if key not in known:
-                    known[key] = state.find(*key)
-                found = known[key]
+                if key not in held:
+                    held[key] = state.find(*key)
+                found = held[key]
                 if found is None:
-                    self._read_through_library(array, row, buffer[position : position + 1])
+                    _with_room(self._read_through_library, array, row, buffer[position : position + 1])
+                    openings[position, column] = next(_openings)
                     continue
                 mapped, offsets = found
                 offset = offsets.item(place)
                 if offset == ABSENT:
                     raise self._absent(row)
+                openings[position, column] = mapped.opening
+                through_map = seen_openings is None or seen_openings[position][column] == mapped.opening
                 if through_map or not mapped.read(offset, flat[position]):
                     np.copyto(flat[position], mapped.content[offset : offset + flat.shape[1]])
+        return openings
 
     def advise(self, rows: Sequence[int] | npt.NDArray[np.int64], names: Sequence[str]) -> None:
         """Ask the operating system to read rows ahead; it does so while this process goes on.
@@ -129,6 +144,17 @@ class MappedReader:
         by_shard = sorted(divmod(row, self._backend.shard_rows) for row in set(self._numbers(rows)))
         for shard, places in itertools.groupby(by_shard, key=lambda place: place[0]):
             state.advise(shard, [place for _, place in places], arrays)
+
+    def _target(
+        self, name: str, buffer: Array, num_rows: int
+    ) -> tuple[int, StoredArray, Array, npt.NDArray[np.uint8]]:
+        """Return the array's place among all, the array, its buffer, and the same as [B, bytes of a row]."""
+        array = self._array(name)
+        check_buffer(array, buffer, num_rows)
+        if not buffer.flags.writeable:
+            raise ShapeError(f"{name}: the buffer must be writable.", name=name)
+        flat = buffer.reshape(num_rows, math.prod(array.shape)).view(np.uint8)
+        return list(self._arrays).index(name), array, buffer, flat
 
     def _read_through_library(self, array: StoredArray, row: int, target: Array) -> None:
         values = self._backend.read_row(array.name, row)
@@ -171,19 +197,23 @@ class _Identity(NamedTuple):
     modified_ns: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class _MappedFile:
     """A file in memory, read-only; it closes when the last view of it is gone.
 
     Attributes:
         content: uint8[bytes of the file], a view of `mapping`.
         identity: of the file that was mapped.
+        opening: number of this map; later ones have higher ones.
+        last_use: number of its last use among those of all maps; the one thing here that changes.
     """
 
     path: Path
     mapping: mmap.mmap
     content: npt.NDArray[np.uint8]
     identity: _Identity
+    opening: int
+    last_use: int = 0
 
     def read(self, offset: int, target: npt.NDArray[np.uint8]) -> bool:
         """Fill `target` from the file instead of the map.
@@ -232,17 +262,22 @@ class _Place:
 class _ProcessState:
     """What one process knows and has opened: places (kept) and memory maps (the most recently used).
 
-    The lock guards the two tables alone. Files are opened outside it, so a thread that opens one never keeps
-    others from copying; if two open the same file, the first map stays.
+    The lock, shared by all readers, guards the two tables alone. Files are opened outside it, so a thread
+    that opens one never keeps others from copying; if two open the same file, the first map stays.
+
+    Attributes:
+        maps: by path, the least recently used first.
     """
 
     def __init__(self, backend: Backend, max_open: int | None) -> None:
         self.pid = os.getpid()
         self.maps: OrderedDict[str, _MappedFile] = OrderedDict()
         self._backend = backend
-        self._max_open = max_open or _default_max_open()
-        self._lock = threading.Lock()
+        self._max_open = max_open
         self._places: dict[int, dict[str, _Place]] = {}  # empty: only the library can read the shard
+        self._lock = _open_maps.lock
+        with self._lock:
+            _open_maps.states.add(self)
 
     def find(self, shard: int, name: str) -> tuple[_MappedFile, npt.NDArray[np.int64]] | None:
         """Return the map of an array's shard and the offsets in it; None if only the library can read it."""
@@ -254,6 +289,7 @@ class _ProcessState:
                     mapped = self.maps.get(places[name].path)
                     if mapped is not None:
                         self.maps.move_to_end(places[name].path)
+                        mapped.last_use = next(_uses)
             if places is None:
                 places = self._locate(shard)
             if not places:
@@ -292,7 +328,7 @@ class _ProcessState:
         paths = [self._backend.root / relative for relative in self._backend.shard_files(shard)]
         # Taken first: if a file is replaced meanwhile, its map will be of another one, which `find` notices.
         identities = {path: _identify(path) for path in paths}
-        located = self._backend.locate(shard) or {}
+        located = _with_room(self._backend.locate, shard) or {}
         places = {
             name: _Place(path=str(place.path), offsets=place.offsets, identity=identities[place.path])
             for name, place in located.items()
@@ -301,13 +337,72 @@ class _ProcessState:
             return self._places.setdefault(shard, places)
 
     def _map(self, path: str, shard: int) -> _MappedFile:
-        opened = _open_mapped(Path(path), shard)
+        opened = _with_room(_open_mapped, Path(path), shard)
         with self._lock:
             mapped = self.maps.setdefault(path, opened)
+            self.maps.move_to_end(path)
+            mapped.last_use = next(_uses)
             # A map dropped here closes once the last thread that copies from it lets go.
-            while len(self.maps) > self._max_open:
+            while self._max_open is not None and len(self.maps) > self._max_open:
                 self.maps.popitem(last=False)
+            _open_maps.drop(_default_max_open())
         return mapped
+
+
+class _OpenMaps:
+    """The maps of all readers in this process, which share the files that it may open."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.states: weakref.WeakSet[_ProcessState] = weakref.WeakSet()
+
+    def drop(self, most: int) -> None:
+        """Drop the least recently used maps until at most so many are left; under the lock."""
+        states = [state for state in self.states if state.maps]
+        num_open = sum(len(state.maps) for state in states)
+        for _ in range(num_open - most):
+            oldest = min(states, key=lambda state: next(iter(state.maps.values())).last_use)
+            oldest.maps.popitem(last=False)
+            if not oldest.maps:
+                states.remove(oldest)
+
+    def drop_half(self) -> bool:
+        """Drop half of all maps, rounded up, and return whether there were any."""
+        with self.lock:
+            num_open = sum(len(state.maps) for state in self.states)
+            self.drop(num_open // 2)
+        return num_open > 0
+
+    def forget(self) -> None:
+        """Close what a forked child has inherited; its readers open their own."""
+        for state in list(self.states):
+            state.maps.clear()
+        self.lock = threading.Lock()  # another thread may have held the old one when the process forked
+        self.states = weakref.WeakSet()
+
+
+_open_maps = _OpenMaps()
+os.register_at_fork(after_in_child=_open_maps.forget)
+# A forked child goes on where its parent was, so no opening of its own has a number that the parent has seen.
+_openings = itertools.count(1)
+_uses = itertools.count(1)
+
+
+def _with_room(act: Callable[..., _T], *arguments: object) -> _T:
+    """Do what opens files; where the process has no more to open, drop maps and try again."""
+    while True:
+        try:
+            return act(*arguments)
+        except CacheError as error:
+            if not _is_short_of_files(error) or not _open_maps.drop_half():
+                raise
+
+
+def _is_short_of_files(error: CacheError) -> bool:
+    # Looked at in a function of its own: a variable beside `act` would keep alive the frames that the error
+    # went through, in a circle, and with them the maps that the reader holds.
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def _open_mapped(path: Path, shard: int) -> _MappedFile:
@@ -327,8 +422,9 @@ def _open_mapped(path: Path, shard: int) -> _MappedFile:
         raise unreadable(path, error, shard=shard) from error
     except ValueError as error:  # cut short between the two calls
         raise damaged(path, f"cannot be mapped ({error})", shard=shard) from error
+    content = np.frombuffer(mapping, np.uint8)
     return _MappedFile(
-        path=path, mapping=mapping, content=np.frombuffer(mapping, np.uint8), identity=identity
+        path=path, mapping=mapping, content=content, identity=identity, opening=next(_openings)
     )
 
 
@@ -361,6 +457,15 @@ def _advised_pieces(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     for start, stop in merged:
         for piece in range(start, stop, _ADVISED_BYTES):
             yield piece, min(piece + _ADVISED_BYTES, stop)
+
+
+@functools.cache
+def _raise_file_limit() -> None:
+    """Let this process open as many files as it is allowed to ask for, once."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Where it is refused, fewer maps are kept.
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _default_max_open() -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import stat
+from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,10 @@ from ris_cache.errors import CacheError, CacheMissError, CorruptShardError, Inco
 from ris_cache.store import files, tables
 from ris_cache.store.backends import unreadable
 from ris_cache.store.checking import Integrity
-from ris_cache.store.manifest import Manifest, load_manifest
+from ris_cache.store.manifest import FileEntry, Manifest, load_manifest
 
 _MAX_LISTED = 10
+_MEND = "Mend the cache with `ris cache verify --repair --data DIR`, or restore {} from a copy."
 
 
 def find_manifest(root: Path) -> Manifest:
@@ -51,7 +55,11 @@ def _find_manifest(root: Path) -> Manifest:
 
 
 def require_files(root: Path, manifest: Manifest) -> None:
-    """Check that every file listed is there and as long as listed."""
+    """Check that every file listed is there and as long as listed.
+
+    Raises:
+        CorruptShardError: naming the files that are not.
+    """
     required = [manifest.images.file]
     for entry in manifest.datasets.values():
         required += [entry.expressions_file, entry.instances_file]
@@ -60,30 +68,48 @@ def require_files(root: Path, manifest: Manifest) -> None:
     missing = [relative for relative in required if relative not in manifest.files]
     for relative, expected in manifest.files.items():
         try:
-            num_bytes = os.stat(files.safe_join(root, relative)).st_size  # noqa: PTH116 - a third of the time
+            found = os.stat(files.safe_join(root, relative))  # noqa: PTH116 - a third of the time
         except (FileNotFoundError, NotADirectoryError):
             missing.append(relative)
             continue
-        if num_bytes != expected.bytes:
+        if not stat.S_ISREG(found.st_mode):
             raise CorruptShardError(
-                f"{root / relative} has {num_bytes} bytes, but the manifest says {expected.bytes}. Restore "
-                "the file from a copy, or features with `ris cache verify --repair`.",
+                f"{root / relative} is not a file. Remove it; then: {_MEND.format('the file')}",
+                path=root / relative,
+            )
+        if found.st_size != expected.bytes:
+            raise CorruptShardError(
+                f"{root / relative} has {found.st_size} bytes, but the manifest says {expected.bytes}. "
+                + _MEND.format("the file"),
                 path=root / relative,
                 expected=expected.bytes,
-                found=num_bytes,
+                found=found.st_size,
             )
     if missing:
         more = f" and {len(missing) - _MAX_LISTED} more" if len(missing) > _MAX_LISTED else ""
         raise CorruptShardError(
-            f"{root} lacks files of its manifest: {', '.join(missing[:_MAX_LISTED])}{more}. Restore them "
-            "from a copy, or features with `ris cache verify --repair`.",
+            f"{root} lacks files of its manifest: {', '.join(missing[:_MAX_LISTED])}{more}. "
+            + _MEND.format("them"),
             path=root,
             missing=missing,
         )
 
 
+def has_files(root: Path, entries: Mapping[str, FileEntry]) -> bool:
+    """Whether files are there and as long as their entries say."""
+    try:
+        return all((root / relative).stat().st_size == entry.bytes for relative, entry in entries.items())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def read_file(root: Path, manifest: Manifest, relative: str, integrity: Integrity) -> bytes:
-    """Read a file whole and compare it with its digest."""
+    """Read a file whole and compare it with its digest.
+
+    Raises:
+        CorruptShardError: it is missing, damaged, or not listed in the manifest.
+        CacheError: it may not be read.
+    """
     path = files.safe_join(root, relative)
     try:
         content = path.read_bytes()
@@ -95,13 +121,23 @@ def read_file(root: Path, manifest: Manifest, relative: str, integrity: Integrit
         ) from error
     except OSError as error:
         raise unreadable(path, error) from error
-    if integrity != "off" and files.digest_of(content).sha256 != manifest.files[relative].sha256:
+    entry = manifest.files.get(relative)
+    if integrity != "off" and (entry is None or files.digest_of(content).sha256 != entry.sha256):
         raise CorruptShardError(
-            f"{path} is damaged: its SHA-256 is not that of the manifest. Restore the file from a copy, or "
-            "extract the cache again into another directory with `ris extract`.",
+            f"{path} is damaged: its SHA-256 is not that of the manifest. {_MEND.format('the file')}",
             path=path,
         )
     return content
+
+
+def read_listed_table(root: Path, manifest: Manifest, relative: str, schema: Any) -> Any:
+    """Read a table that a manifest lists.
+
+    Raises:
+        CorruptShardError, CacheError: as `read_file`, and a table with other columns.
+    """
+    content = read_file(root, manifest, relative, "first-open")
+    return tables.read_table(BytesIO(content), schema, name=root / relative)
 
 
 def require_sound_images(path: Path, manifest: Manifest, table: Any) -> None:

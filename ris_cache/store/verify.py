@@ -18,7 +18,7 @@ from ris_cache.errors import CorruptShardError
 from ris_cache.store import files
 from ris_cache.store.backends import make_backend
 from ris_cache.store.draft import metadata_paths
-from ris_cache.store.findings import Finding, bad_shards, error_finding, finding
+from ris_cache.store.findings import Finding, bad_shards, error_finding, finding, no_file
 from ris_cache.store.journal import Journal
 from ris_cache.store.layout import Backend
 from ris_cache.store.manifest import Manifest
@@ -29,6 +29,7 @@ from ris_cache.store.verify_tables import Annotations
 __all__ = ["Finding", "VerifyReport", "unlisted_files", "verify", "wrong_metadata"]
 
 _MAX_WORKERS = 4
+_TABLES = ("images/", "expressions/", "instances/")
 _EMPTY: tuple[Any, ...] = (None, [], {})
 
 
@@ -150,6 +151,9 @@ def wrong_metadata(manifest: Manifest, backend: Backend) -> Iterator[Finding]:
     reads beyond what the manifest says.
     """
     for path, expected in backend.metadata_files(manifest.rows).items():
+        if (backend.root / path).is_dir():
+            yield no_file(path)
+            continue
         problem = _problem_of_metadata(backend.root / path, json.loads(expected))
         if problem is not None:
             yield finding(path, problem, kind="metadata")
@@ -228,10 +232,27 @@ def _notes(root: Path, manifest: Manifest, backend: Backend, num_unused: int) ->
     except CorruptShardError as error:  # of the plan of that extraction, which is no part of the cache yet
         yield str(error)
         unlisted = {}
-    if unlisted:
+    superseded = {path: size for path, size in unlisted.items() if _is_table(path)}
+    others = {path: size for path, size in unlisted.items() if path not in superseded}
+    if superseded:
+        one = len(superseded) == 1
         yield (
-            f"{len(unlisted)} files ({sum(unlisted.values())} bytes) belong to nothing, for example "
-            f"{min(unlisted)}. `ris cache gc` removes them."
+            f"{'1 table' if one else f'{len(superseded)} tables'} ({sum(superseded.values())} bytes) "
+            f"{'is' if one else 'are'} of earlier states of the cache; `ris cache gc` removes "
+            f"{'it' if one else 'them'}."
+        )
+    if others:
+        one = len(others) == 1
+        yield (
+            f"{'1 file' if one else f'{len(others)} files'} ({sum(others.values())} bytes) "
+            f"{'belongs' if one else 'belong'} to nothing, for example {min(others)}; `ris cache gc` removes "
+            f"{'it' if one else 'them'}."
         )
     if num_unused:
-        yield f"{num_unused} rows hold features that no image refers to any more."
+        rows = "1 row holds" if num_unused == 1 else f"{num_unused} rows hold"
+        yield f"{rows} features that no image refers to any more."
+
+
+def _is_table(path: str) -> bool:
+    """Whether a file that is not listed was a table of the cache before it grew or shrank."""
+    return path.startswith(_TABLES) and path.endswith(".parquet") and not files.is_temporary(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ import pyarrow.compute as pc
 
 from ris_cache.errors import CorruptShardError
 from ris_cache.store import files, tables
-from ris_cache.store.findings import Finding, Kind, error_finding, find_wrong_size, finding, listed
+from ris_cache.store.findings import (
+    Finding,
+    Kind,
+    error_finding,
+    find_wrong_size,
+    finding,
+    listed,
+    lost_part_advice,
+)
 from ris_cache.store.manifest import DatasetEntry, FileEntry, Manifest
 from ris_cache.store.merging import count_splits
 from ris_cache.store.verify_shards import ImageRows
@@ -49,6 +58,18 @@ class Annotations:
             self._check_categories(name)
         if self._contents.get(files.SAM_HEADS_NAME) is not None:
             self._attempt(files.SAM_HEADS_NAME, lambda: tables.read_tensors(root / files.SAM_HEADS_NAME))
+        self.findings = [self._advised(found) for found in self.findings]
+
+    def _advised(self, found: Finding) -> Finding:
+        """Say of tables that hold parts of splits alone that these cannot be built again."""
+        if found.kind != "table":
+            return found
+        for name, entry in self._manifest.datasets.items():
+            if found.path in (entry.expressions_file, entry.instances_file) and not any(
+                counts.is_complete for counts in entry.splits.values()
+            ):
+                return replace(found, advice=lost_part_advice(name, entry.splits))
+        return found
 
     def _add(self, path: str, problem: str, kind: Kind | None = None) -> None:
         self.findings.append(finding(path, problem, kind=kind))

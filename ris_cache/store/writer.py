@@ -34,6 +34,7 @@ from ris_cache.store.journal import (
 from ris_cache.store.layout import Array, Backend
 from ris_cache.store.locks import FileLock
 from ris_cache.store.manifest import FileEntry, Manifest
+from ris_cache.store.opening import has_files, require_files
 from ris_cache.store.planning import (
     NewImage,
     asks_for,
@@ -160,16 +161,20 @@ class CacheWriter:
             ConfigError: `root` is a file, or a directory that holds something else.
             FingerprintMismatchError: a cache, or a cut-off extraction, of another making.
             CacheError: another backend than the cache's.
+            CorruptShardError: the cache lacks files of its manifest, or they are cut short.
             StoppedError: `should_stop` said so while waiting.
         """
         require_cache_directory(root)
         files.make_directories(root)
         lock, journal = FileLock(root / files.LOCK_NAME), Journal(root)
-        told = False
+        told, checked = False, None
         while True:
             with lock:
                 base = load_base(root)
                 require_same_making(root, recipe, base, journal.read_plan())
+                if base is not None and base != checked:
+                    require_files(root, base)  # adding to a damaged cache would call it complete
+                    checked = base
                 plan = plan_in_place(journal, root, base)
                 draft = CacheDraft.begin(root, recipe)
                 wanted = choose(draft.images)
@@ -248,8 +253,11 @@ class CacheWriter:
         return all(self._is_done(shard) for shard in self._shards) or not self._is_in_place()
 
     def _is_done(self, shard: int) -> bool:
-        if shard not in self._done and self._journal.record(shard) is not None:
-            self._done.add(shard)
+        if shard not in self._done:
+            record = self._journal.record(shard)
+            # What was cut short or lost since it was committed is computed again.
+            if record is not None and has_files(self._root, record.files):
+                self._done.add(shard)
         return shard in self._done
 
     def finish(self, edit: Callable[[CacheDraft], None]) -> Manifest:

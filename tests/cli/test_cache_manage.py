@@ -90,11 +90,29 @@ def test_converting_says_what_it_would_do_and_then_does_it(
     assert shown.exit_code == 0, shown.output
     assert "4 images copied by this process" in shown.stdout
     done = document(*arguments)  # nothing is left to do
-    assert done == planned | {"dry_run": False, "free_bytes": done["free_bytes"]}
+    news = {"dry_run": False, "free_bytes": done["free_bytes"], "to_add": 0, "nothing_to_add": True}
+    assert done == planned | news
     cache = FeatureCache.open(target)
     assert cache.manifest.fingerprint.digest == done["fingerprint"]
     assert (done["rounded_through"], done["exact"]) == (["float16"], False)
     assert cache.read(cache.image_ids.tolist()).dtype == "int8"
+
+
+def test_a_source_that_grew_is_converted_into_the_same_cache_again(
+    document: Documents, ris: Callable[..., Any], small: Path, parts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    arguments = ("cache", "convert", small, tmp_path / "new", "--dtype", "float32")
+    document(*arguments)
+    shown = ris(*arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "Nothing to add" in shown.stdout
+    document("cache", "merge", small, parts[1])
+    planned = document(*arguments, "--dry-run")
+    assert (planned["to_add"], planned["copied"], planned["nothing_to_add"]) == (4, 0, False)
+    assert document(*arguments)["copied"] == 4
+    cache = FeatureCache.open(tmp_path / "new")
+    assert (len(cache), list(cache.manifest.datasets["refcoco.unc"].splits)) == (8, ["val", "testA"])
+    assert document(*arguments)["nothing_to_add"]
 
 
 def test_converting_to_where_it_cannot_go(

@@ -55,7 +55,7 @@ class MemoryStore:
             for i, position in enumerate(positions)
         }
 
-    def read_rows(self, rows: Any, out: Mapping[str, Array], *, through_map: bool = True) -> None:
+    def read_rows(self, rows: Any, out: Mapping[str, Array], *, seen: Any = None) -> Any:
         known = {array.name: array for array in ARRAYS}
         for name, buffer in out.items():
             if name not in known:
@@ -74,6 +74,8 @@ class MemoryStore:
                 raise CacheMissError(f"Row {row} of memory holds no image", row=row)
             for name, buffer in out.items():
                 buffer[i] = self.shards[shard][position][name]
+        is_read = np.array([array.name in out for array in ARRAYS], np.int64)
+        return np.tile(is_read, (len(rows), 1))  # memory is open from the first moment to the last
 
     def advise(self, rows: Any, names: Sequence[str]) -> None:
         pass
@@ -130,8 +132,11 @@ def buffers(num_rows: int, names: Sequence[str] = tuple(array.name for array in 
 def read(store: FeatureStore, rows: Sequence[int]) -> dict[str, bytes]:
     """Read in both ways, which must agree."""
     out, again = buffers(len(rows)), buffers(len(rows))
-    store.read_rows(rows, out)
-    store.read_rows(rows, again, through_map=False)
+    openings = store.read_rows(rows, out)
+    again_openings = store.read_rows(rows, again, seen=np.zeros_like(openings))
+    for numbers in (openings, again_openings):
+        assert (numbers.dtype, numbers.shape) == (np.int64, (len(rows), len(ARRAYS)))
+        assert (numbers > 0).all()
     found = {name: values.tobytes() for name, values in out.items()}
     assert found == {name: values.tobytes() for name, values in again.items()}
     return found
@@ -246,6 +251,24 @@ def test_a_shard_without_any_row_is_whole(subject: Subject) -> None:
     subject.write(5, [], random_content(0, seed=0))
     with pytest.raises(CacheMissError, match="Row 40 "):
         read(subject.open(), [40])
+
+
+def test_rows_of_one_opening_have_its_number_and_arrays_left_out_have_none(subject: Subject) -> None:
+    store = subject.open()
+    first = store.read_rows([0, 16, 1], buffers(3, ("sam", "codes")))
+    assert (first > 0).tolist() == [[True, False, True, False]] * 3
+    assert first[0].tolist() == first[2].tolist()
+    assert store.read_rows([0, 16, 1], buffers(3, ("sam", "codes")), seen=first).tolist() == first.tolist()
+    both = store.read_rows([16], buffers(1))
+    assert both[0, [0, 2]].tolist() == first[1, [0, 2]].tolist()
+
+
+def test_what_is_opened_anew_has_a_new_number(backend: Backend) -> None:
+    reader, names = MappedReader(backend, max_open=1), ("sam",)
+    found = [reader.read_rows([row], buffers(1, names)).max() for row in (0, 1, 16, 0, 0)]
+    assert found[0] == found[1]
+    assert found[3] == found[4]
+    assert len(set(found)) == 3
 
 
 def test_threads_share_a_reader_with_fewer_maps_than_shards(subject: Subject) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ris_cache.errors import ConfigError, CorruptShardError
-from ris_cache.store import tables
+from ris_cache.store import checking, mapped, tables
 from ris_cache.store.backends import make_backend
 from ris_cache.store.cache import FeatureCache
 from ris_cache.store.checking import INTEGRITY, Integrity, RowChecker, require_integrity
@@ -134,6 +136,88 @@ def test_each_process_checks_for_itself(any_drawing: Any, root: Path) -> None:
     cache.read([2])
     with pytest.raises(CorruptShardError):
         pickle.loads(pickle.dumps(cache)).read([2])
+
+
+def replace_damaged(root: Path, image_id: int) -> Path:
+    """Put a file with one byte changed in the place of one that holds the image, under its name."""
+    _, path, span = next(places_of(root, image_id))
+    copy = shutil.copy(path, path.with_name("damaged"))
+    flip(copy, span[0])
+    copy.replace(path)
+    return path
+
+
+def test_a_shard_that_was_damaged_while_others_were_open_is_noticed(
+    any_drawing: Any, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapped, "_MAX_OPEN", 1)
+    cache = FeatureCache.open(root)
+    for _ in range(2):
+        any_drawing.require_features(cache, [0, 1, 2, 3])
+    replace_damaged(root, 2)
+    any_drawing.require_features(cache, [4, 6, 7])
+    with pytest.raises(CorruptShardError, match="Image 2 of"):
+        cache.read([1, 2])
+    any_drawing.require_features(cache, [0, 1, 3])
+
+
+def test_a_damaged_shard_is_noticed_when_its_map_is_of_no_more_use(
+    any_drawing: Any, root: Path, tmp_path: Path
+) -> None:
+    cache = FeatureCache.open(root)
+    any_drawing.require_features(cache, IMAGE_IDS)
+    _, path, _ = next(places_of(root, 2))
+    (tmp_path / "mapped").hardlink_to(path)
+    replace_damaged(root, 2)
+    any_drawing.require_features(cache, IMAGE_IDS)
+    os.truncate(tmp_path / "mapped", 10)
+    with pytest.raises(CorruptShardError, match="Image 2 of"):
+        cache.read([2])
+
+
+def test_rows_read_through_the_library_are_checked_each_time(
+    either_drawing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library opens the file for each row, so each time may be the first for that file."""
+    root = tmp_path / "feats"
+    either_drawing.extract(root, range(4))
+    damaged = shutil.copytree(root, tmp_path / "damaged")
+    path = replace_damaged(damaged, 2)
+    cache = FeatureCache.open(root)
+    monkeypatch.setattr(type(cache._store.backend), "locate", lambda backend, shard: None)
+    either_drawing.require_features(cache, [0, 1, 2, 3])
+    path.replace(root / path.relative_to(damaged))
+    with pytest.raises(CorruptShardError, match="Image 2 of"):
+        cache.read([2])
+
+
+@pytest.mark.parametrize("ways", ["read", "prefetch"])
+def test_a_forked_child_checks_what_its_parent_has_checked(any_drawing: Any, root: Path, ways: str) -> None:
+    cache = FeatureCache.open(root)
+    any_drawing.require_features(cache, IMAGE_IDS)
+    replace_damaged(root, 2)
+    any_drawing.require_features(cache, IMAGE_IDS)  # the parent has the old file open
+
+    def work() -> None:
+        with pytest.raises(CorruptShardError, match="Image 2 of"):
+            list(cache.prefetch([[1, 2]])) if ways == "prefetch" else cache.read([1, 2])
+        any_drawing.require_features(cache, [0, 1, 3, 4])
+
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def test_nothing_is_checked_again_while_its_shard_stays_open(
+    any_drawing: Any, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = FeatureCache.open(root)
+    checked: list[int] = []
+    monkeypatch.setattr(checking, "row_checksum", lambda row: checked.append(row.nbytes) or row_checksum(row))
+    for image_ids in ([0, 1, 2], [2, 0, 7], IMAGE_IDS, IMAGE_IDS):
+        any_drawing.require_features(cache, image_ids)
+    assert sum(checked) == any_drawing.recipe.image_bytes * len(IMAGE_IDS)
 
 
 def test_rows_swapped_within_a_shard_are_noticed(root: Path) -> None:
@@ -265,7 +349,7 @@ def test_rows_get_one_checksum_for_each_array() -> None:
     assert row_checksums([array[:0] for array in arrays]) == []
 
 
-def test_a_checker_looks_at_the_arrays_it_is_given_and_remembers_what_is_sound() -> None:
+def test_a_checker_looks_at_the_arrays_it_is_given_where_they_are_not_known_as_sound() -> None:
     images = [
         tables.CachedImage(
             image_id=row,
@@ -283,9 +367,14 @@ def test_a_checker_looks_at_the_arrays_it_is_given_and_remembers_what_is_sound()
     checker = RowChecker(tables.images_table(images), ["sam", "clip"], "first-open")
     sam = np.array([[0] * 4, [2] * 4, [3] * 4], np.uint8)
     clip = np.array([[10], [12], [99]], np.uint8)
-    assert checker.first_wrong([0, 2, 3], {"sam": sam}) is None
-    checker = RowChecker(tables.images_table(images), ["sam", "clip"], "first-open")
-    assert checker.first_wrong([0, 2, 3], {"sam": sam, "clip": clip}) == (2, "clip")
-    assert checker.first_wrong([0, 2], {"sam": sam[:2], "clip": clip[:2]}) is None
-    assert checker.first_wrong([2], {"sam": sam[:1], "clip": clip[:1]}) is None  # wrong, but known as sound
-    assert checker.first_wrong([], {"sam": sam[:0], "clip": clip[:0]}) is None
+    both, nothing_known = {"sam": sam, "clip": clip}, np.zeros(3, np.bool_)
+    assert checker.first_wrong([0, 2, 3], {"sam": sam}, nothing_known) is None
+    assert checker.first_wrong([0, 2, 3], both, nothing_known) == (2, "clip")
+    assert checker.first_wrong([0, 2, 3], both, np.array([False, False, True])) is None  # known as sound
+    assert checker.first_wrong([0, 2, 3], both, np.array([True, True, False])) == (2, "clip")
+    assert checker.first_wrong([], {"sam": sam[:0], "clip": clip[:0]}, nothing_known[:0]) is None
+    always, never = (
+        RowChecker(tables.images_table(images), ["sam", "clip"], policy) for policy in ("every-read", "off")
+    )
+    assert always.first_wrong([0, 2, 3], both, ~nothing_known) == (2, "clip")
+    assert never.first_wrong([0, 2, 3], both, nothing_known) is None

@@ -319,6 +319,192 @@ def test_whoever_comes_after_the_end_finds_nothing_to_do(source: Path, tmp_path:
     assert content_of(tmp_path / "target") == before
 
 
+# A source that grows.
+
+
+def grow(drawing: Any, source: Path) -> None:
+    """Give a split and a dataset more to `source`: images 10 to 16, of which 12 is quarantined."""
+    drawing.extract(source, range(8, 13), "testB", bad=(12,))
+    drawing.extract(source, range(11, 17), "val", table="grefcoco.unc")
+
+
+def current_content_of(root: Path) -> dict[str, Any]:
+    """As `content_of`, without tables of the state before, which stay for those who read it."""
+    content = content_of(root)
+    listed = content["manifest.json"]["files"]
+    tables = ("images/", "expressions/", "instances/")
+    return {path: value for path, value in content.items() if path in listed or not path.startswith(tables)}
+
+
+def require_same_content(found: FeatureCache, expected: FeatureCache) -> None:
+    """Features by image, what became of each image, tables and categories."""
+    ids = sorted(expected.image_ids.tolist())
+    assert sorted(found.image_ids.tolist()) == ids
+    wanted = expected.read(ids).stored
+    assert all(array.tobytes() == wanted[name].tobytes() for name, array in found.read(ids).stored.items())
+    assert found.quarantined == expected.quarantined
+    assert found.sizes == expected.sizes
+    assert found.manifest.datasets == expected.manifest.datasets
+    assert found.manifest.category_sets == expected.manifest.category_sets
+
+
+@pytest.mark.parametrize("backend", ["zarr", "hdf5"])
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_converting_a_grown_source_again_gives_what_one_conversion_gives(
+    source: Path, drawing: Any, tmp_path: Path, backend: str, dtype: str
+) -> None:
+    old_reader = run(source, tmp_path / "target", backend=backend, dtype=dtype)
+    before = old_reader.read(range(5))
+    grow(drawing, source)
+    planned = plan_conversion(source, tmp_path / "target", dtype=dtype)  # the backend is that of the target
+    assert [image.image_id for image in planned.missing] == list(range(10, 17))
+    assert not planned.has_everything
+    num_copied, manifest = convert(planned)
+    assert (num_copied, planned.num_shards) == (7, len({i.row // 4 for i in planned.source.images.values()}))
+    run(source, tmp_path / "at once", backend=backend, dtype=dtype)
+    assert current_content_of(tmp_path / "target") == content_of(tmp_path / "at once")
+    again = old_reader.read(range(5))
+    assert all(array.tobytes() == before.stored[name].tobytes() for name, array in again.stored.items())
+    assert len(old_reader.expressions("refcoco.unc")) == 6
+    late = plan_conversion(source, tmp_path / "target", dtype=dtype)
+    assert late.has_everything
+    assert convert(late) == (0, manifest)
+
+
+def test_a_grown_source_of_another_shard_size_is_added_in_shards_of_the_target(
+    source: Path, drawing: Any, tmp_path: Path
+) -> None:
+    run(source, tmp_path / "target", shard_rows=3)
+    grow(drawing, source)
+    planned = plan_conversion(source, tmp_path / "target")
+    convert(planned)
+    found = dataclasses.replace(drawing, shard_rows=3).require_whole(tmp_path / "target")
+    assert [image.row for _, image in sorted(found.images.items())] == [*range(10), *range(12, 19)]
+    assert planned.num_shards == 7
+    require_same_content(found, run(source, tmp_path / "at once", shard_rows=3))
+
+
+def test_splits_alone_are_added_without_a_plan(source: Path, drawing: Any, tmp_path: Path) -> None:
+    run(source, tmp_path / "target", backend="hdf5")
+    drawing.extract(source, range(4), "testB")
+    planned = plan_conversion(source, tmp_path / "target")
+    assert (planned.missing, planned.has_everything) == ((), False)
+    assert convert(planned)[0] == 0
+    require_same_content(FeatureCache.open(tmp_path / "target"), FeatureCache.open(source))
+
+
+def test_an_image_that_is_no_longer_quarantined_gets_its_features(
+    source: Path, drawing: Any, tmp_path: Path
+) -> None:
+    run(source, tmp_path / "target", backend="hdf5")
+    writer = CacheWriter.open(
+        source, drawing.recipe, purpose="extract", request={}, choose=lambda known: [drawing.image(5)]
+    )
+    drawing.commit_all(writer)
+    writer.finish(lambda draft: None)
+    planned = plan_conversion(source, tmp_path / "target")
+    assert [image.image_id for image in planned.missing] == [5]
+    assert convert(planned)[0] == 1
+    found = dataclasses.replace(drawing, backend="hdf5").require_whole(tmp_path / "target")
+    require_same_content(found, FeatureCache.open(source))
+    assert plan_conversion(source, tmp_path / "target").has_everything
+
+
+def test_images_whose_rows_are_taken_get_others(drawing: Any, tmp_path: Path) -> None:
+    drawing.extract(tmp_path / "first", range(6))
+    run(tmp_path / "first", tmp_path / "target", backend="hdf5")
+    drawing.extract(tmp_path / "second", range(6, 10), "testA")
+    drawing.extract(tmp_path / "second", range(6))
+    planned = plan_conversion(tmp_path / "second", tmp_path / "target")
+    assert not planned.keeps_rows
+    convert(planned)
+    found = dataclasses.replace(drawing, backend="hdf5").require_whole(tmp_path / "target")
+    assert sorted(image.row for image in found.images.values()) == [*range(6), *range(8, 12)]
+    assert sorted(found.manifest.datasets["refcoco.unc"].splits) == ["testA", "val"]
+
+
+@pytest.mark.parametrize("has_earlier", [False, True])
+def test_a_conversion_that_was_cut_off_goes_on_from_a_source_that_grew_meanwhile(
+    source: Path, drawing: Any, tmp_path: Path, has_earlier: bool
+) -> None:
+    target = tmp_path / "target"
+    if has_earlier:
+        run(source, target, backend="hdf5")
+        drawing.extract(source, range(20, 26), "train")
+    looks = iter([False, True])
+    with pytest.raises(StoppedError):
+        convert(plan_conversion(source, target, backend="hdf5"), should_stop=lambda: next(looks, True))
+    grow(drawing, source)
+    planned = plan_conversion(source, target, backend="hdf5")
+    num_copied, _ = convert(planned)
+    assert num_copied == len(planned.missing) - 4
+    run(source, tmp_path / "at once", backend="hdf5")
+    assert current_content_of(target) == content_of(tmp_path / "at once")
+
+
+def test_a_value_that_does_not_fit_leaves_an_earlier_result_as_it_was(
+    too_large: Path, drawing: Any, tmp_path: Path
+) -> None:
+    wide = dataclasses.replace(drawing, dtype="float32")
+    wide.extract(tmp_path / "source before", range(4))
+    target = tmp_path / "target"
+    convert(plan_conversion(tmp_path / "source before", target, dtype="float16"))
+    before = content_of(target)
+    shutil.rmtree(tmp_path / "source before")
+    grown = plan_conversion(too_large, target, dtype="float16")
+    with pytest.raises(NonFiniteError, match="is as it was: name another directory"):
+        convert(grown)
+    assert content_of(target) == before
+
+
+@pytest.mark.parametrize(
+    "other", ["image", "file", "expression", "instance", "dataset", "precision", "layout"]
+)
+def test_a_cache_that_is_no_earlier_conversion_is_refused_by_what_differs(
+    source: Path, drawing: Any, tmp_path: Path, other: str
+) -> None:
+    target = tmp_path / "target"
+    options: dict[str, Any] = {}
+    run(source, target)
+    expected = ""
+    match other:
+        case "image":
+            drawing.extract(target, [20], "testB")
+            expected = r"its image 20 \(000000000020.jpg\) is not in the source"
+        case "file":
+            shutil.rmtree(source)
+            drawing.extract(source, range(10), bad=(3,))
+            expected = r"its image 3 \(000000000003.jpg\) is another one in the source"
+        case "expression":
+            drawing.extract(target, range(4), "testB")
+            expected = "its dataset refcoco.unc is annotated otherwise in the source"
+        case "instance":
+            writer = drawing.open(target, ())
+            writer.finish(
+                lambda draft: draft.write_tables(
+                    "refcoco.unc",
+                    [],
+                    [drawing.instance(9)],
+                    clip_category_ids=[],
+                    category_set="coco",
+                )
+            )
+            expected = "its dataset refcoco.unc is annotated otherwise in the source"
+        case "dataset":
+            drawing.extract(target, range(4), table="grefcoco.unc")
+            expected = "its dataset grefcoco.unc is not in the source"
+        case "precision":
+            options = {"dtype": "int8"}
+            expected = r"stored as float16, not int8 \(--dtype float16 would add to it\)"
+        case "layout":
+            options = {"backend": "hdf5"}
+            expected = "stored as zarr in shards of 4 .leave --store and --shard-rows out"
+    before = content_of(target)
+    with pytest.raises(ConfigError, match=f"holds a cache already, .*{expected}"):
+        plan_conversion(source, target, **options)
+    assert content_of(target) == before
+
+
 # Refusals.
 
 
@@ -388,8 +574,9 @@ def run_to_the_end(conversion: Conversion) -> FeatureCache:
 def test_unknown_names_are_refused_with_the_known_ones(
     source: Path, tmp_path: Path, option: str, value: str, known: str
 ) -> None:
+    options: dict[str, Any] = {option: value}
     with pytest.raises(ConfigError, match=known):
-        plan_conversion(source, tmp_path / "target", **{option: value})
+        plan_conversion(source, tmp_path / "target", **options)
     assert not (tmp_path / "target").exists()
 
 

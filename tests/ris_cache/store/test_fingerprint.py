@@ -101,7 +101,7 @@ def test_a_mismatch_names_each_field_with_both_values_and_what_to_do() -> None:
     message = str(caught.value)
     assert "./feats" in message
     assert "ris extract" in message
-    assert "weights.sam.seed: expected (missing), found 0" in message
+    assert "weights.sam.seed: cache has 0, asked for (missing)" in message
     by_path = {difference.path: difference for difference in differences(expected, found)}
     assert (by_path["encoders.sam.image_size"].expected, by_path["encoders.sam.image_size"].found) == (
         1024,
@@ -146,3 +146,29 @@ def test_whatever_changes_the_numbers_changes_the_digest(changes: dict[str, Any]
 
 def test_how_int8_codes_come_about_is_part_of_the_fingerprint() -> None:
     assert make(dtype="int8").fields["quantiser"] != make(dtype="float16").fields["quantiser"] == "none"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_converted_cache_is_added_to_by_converting_again(dtype: str) -> None:
+    found = make(dtype=dtype, rounded_through=["bfloat16", "int8"])
+    with pytest.raises(FingerprintMismatchError) as caught:
+        require_match(make(), found, where="./feats")
+    message = str(caught.value)
+    assert 'rounded_through: cache has ["bfloat16","int8"], asked for []' in message
+    assert "`ris extract --dtype bfloat16`" in message
+    assert "`ris cache convert` from there into this one again" in message
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        make(dtype="int8"),
+        make(rounded_through=["int8"], weights={"sam": {"seed": 1}}),
+        make(dtype="float32", rounded_through=()),
+    ],
+)
+def test_other_differences_are_not_blamed_on_a_conversion(found: Fingerprint) -> None:
+    with pytest.raises(FingerprintMismatchError) as caught:
+        require_match(make(), found, where="./feats")
+    assert "cache convert" not in str(caught.value)
+    assert "Ask for the settings the cache was made with" in str(caught.value)

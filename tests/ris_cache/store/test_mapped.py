@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import mmap
 import os
+import pickle
 import resource
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,6 +112,129 @@ def test_as_many_files_as_the_process_may_open_leave_room_for_others(monkeypatch
     for limit, expected in ((1024, 512), (1, 1), (10**9, 4096), (resource.RLIM_INFINITY, 4096)):
         monkeypatch.setattr(resource, "getrlimit", lambda kind, limit=limit: (limit, limit))
         assert mapped._default_max_open() == expected
+
+
+FEW_FILES = """
+import pickle, resource, sys
+import numpy as np
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+readers = pickle.loads(sys.stdin.buffer.read())
+rows = list(range(0, 120 * 4, 4))
+expected = np.repeat(np.arange(120), 5).reshape(120, 5)
+def check(reader, rows, **options):
+    out = {"sam": np.zeros((len(rows), 5), np.float16), "pooled": np.zeros((len(rows), 5), np.float32)}
+    reader.read_rows(rows, out, **options)
+    for values in out.values():
+        assert (values == expected[np.array(rows) // 4]).all()
+"""
+BIT_BY_BIT = """
+for row in rows:
+    for reader in readers:
+        check(reader, [row])
+        reader.advise([row], ["sam"])
+assert 0 < sum(reader.num_open for reader in readers) <= 20
+assert all(reader.num_open for reader in readers)
+"""
+IN_ONE_BATCH = """
+for reader in readers:
+    check(reader, rows)
+    check(reader, rows[::-1], seen=np.zeros((len(rows), 2), np.int64))
+"""
+WITH_OTHER_FILES_OPEN = """
+import itertools, os
+check(readers[0], rows[:30])
+others = []
+try:
+    for _ in itertools.count():
+        others.append(os.open(os.devnull, os.O_RDONLY))
+except OSError:
+    pass
+for reader in readers:
+    check(reader, rows[30:])
+"""
+IN_A_FORKED_CHILD = """
+import os
+for reader in readers:
+    check(reader, rows)
+child = os.fork()
+if child == 0:
+    try:
+        fds = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+        assert fds < 20, fds
+        for reader in readers:
+            check(reader, rows)
+        os._exit(0)
+    finally:
+        os._exit(1)
+assert os.waitpid(child, 0)[1] == 0
+for reader in readers:
+    check(reader, rows)
+"""
+
+
+@pytest.fixture(scope="module", params=["zarr", "hdf5"])
+def two_of_many_shards(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Pickled readers of two caches of 120 shards; each value is the number of the shard."""
+    readers = []
+    for name in ("one", "other"):
+        arrays = (
+            StoredArray(name="sam", shape=(5,), dtype="float16"),
+            StoredArray(name="pooled", shape=(5,), dtype="float32"),
+        )
+        backend = make_backend(request.param, tmp_path_factory.mktemp(name), arrays, S)
+        for relative, content in backend.metadata_files(120 * S).items():
+            (backend.root / relative).parent.mkdir(parents=True, exist_ok=True)
+            (backend.root / relative).write_bytes(content)
+        for shard in range(120):
+            rows = {array.name: np.full((1, 5), shard, array.dtype) for array in arrays}
+            backend.write_shard(shard, np.array([0]), rows)
+        readers.append(MappedReader(backend))
+    return pickle.dumps(readers)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [BIT_BY_BIT, IN_ONE_BATCH, WITH_OTHER_FILES_OPEN, IN_A_FORKED_CHILD],
+    ids=["bit by bit", "in one batch", "with other files open", "in a forked child"],
+)
+def test_two_caches_of_more_shards_than_files_may_be_open_are_read(
+    two_of_many_shards: bytes, use: str
+) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", FEW_FILES + use], input=two_of_many_shards, capture_output=True, timeout=60
+    )
+    assert ran.returncode == 0, ran.stderr.decode()
+
+
+def test_the_first_reader_raises_the_limit_of_open_files_as_far_as_allowed(
+    two_of_many_shards: bytes,
+) -> None:
+    code = """
+import pickle, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 300))
+readers = pickle.loads(sys.stdin.buffer.read())
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (300, 300)
+resource.setrlimit(resource.RLIMIT_NOFILE, (50, 300))
+type(readers[0])(readers[0].backend)
+assert resource.getrlimit(resource.RLIMIT_NOFILE) == (50, 300)  # once is enough: someone wants it so
+"""
+    subprocess.run([sys.executable, "-c", code], input=two_of_many_shards, check=True, timeout=60)
+
+
+def test_all_readers_share_what_may_be_open_and_the_least_recently_used_goes_first(
+    make: Callable[[str], Backend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapped, "_MAX_OPEN", 3)
+    backend = make("hdf5")
+    first, second = MappedReader(backend), MappedReader(backend)
+    for reader, row in ((first, 0), (second, 0), (first, 4), (first, 0), (second, 4)):
+        read(reader, row)
+    assert (first.num_open, second.num_open) == (2, 1)
+    read(second, 8)
+    assert (first.num_open, second.num_open) == (1, 2)
+    del first
+    read(second, 0)
+    assert second.num_open == 3
 
 
 def test_a_thread_that_opens_a_file_keeps_no_other_from_reading(
