@@ -55,7 +55,7 @@ class Conversion:
         before = self.source.manifest.dtype
         if self.recipe.dtype in (before, "float32"):
             return True
-        return self.rounded_through != (*rounded_through(self.source.fingerprint), *_lossy(before))
+        return self.rounded_through != (*rounded_through(self.source.fingerprint), *lossy(before))
 
     @property
     def rounded_through(self) -> tuple[str, ...]:

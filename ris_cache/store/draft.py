@@ -182,7 +182,7 @@ class CacheDraft:
     def drop_files(self, relatives: Iterable[str]) -> None:
         """Forget files; `remove_unlisted` removes them once the draft is committed."""
         for relative in relatives:
-            del self._files[relative]
+            self._files.pop(relative, None)  # a damaged manifest may not list what it refers to
 
     def drop_dataset(self, name: str) -> None:
         """Forget a dataset, and its category set if no other uses it.

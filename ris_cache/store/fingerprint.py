@@ -103,7 +103,7 @@ def converted_fingerprint(found: Fingerprint, dtype: str) -> Fingerprint:
     before = str(found.fields["dtype"])
     if dtype == before:
         return found
-    through = [*rounded_through(found), *_lossy(before)]
+    through = [*rounded_through(found), *lossy(before)]
     # Rounding again what was rounded to the same floats changes nothing. An int8 scale may change in its last
     # digit when it is computed again.
     if through[-1:] == [dtype] and dtype not in QUANTISERS:
@@ -122,7 +122,7 @@ def rounded_through(fingerprint: Fingerprint) -> tuple[str, ...]:
     return tuple(fingerprint.fields.get("rounded_through", ()))
 
 
-def _lossy(dtype: str) -> tuple[str, ...]:
+def lossy(dtype: str) -> tuple[str, ...]:
     """A precision as an entry of `rounded_through`: features are computed in float32, which loses nothing."""
     return () if dtype == "float32" else (dtype,)
 

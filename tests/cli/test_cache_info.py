@@ -118,6 +118,31 @@ def test_an_unfinished_extraction_is_shown(ris, tiny_cache, tmp_path):
     assert "Finish it first" in document["unclear"]
 
 
+def test_an_extraction_that_never_finished_is_described(ris, drawn_data, tmp_path):
+    from cli.signals import StopRequest
+
+    root = tmp_path / "feats"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopRequest, "__call__", lambda self: True)
+        stopped = ris(
+            "extract", "--split", "refcoco:val", "--data", drawn_data, "--cache", root, "--preset", "tiny",
+            "--random-weights", "--device", "cpu", "--shard-rows", 2,
+        )  # fmt: skip
+    assert stopped.exit_code != 0
+    result = ris("cache", "info", "--cache", root)
+    assert result.exit_code == 0, result.output
+    for part in ("ris extract --split refcoco/unc:val", "tiny", "0 of 4 done", "0 of 2 done", "same command"):
+        assert part in result.stdout, part
+    document = json.loads(ris("cache", "info", "--cache", root, "--json").stdout)
+    assert (document["finished"], document["preset"], document["store"]) == (False, "tiny", "zarr")
+    assert document["unfinished"]["num_images"] == 4
+    assert ris("cache", "info", "--cache", root, "--adding", "refcoco", "--data", drawn_data).exit_code == 3
+    (root / "extraction" / "plan.json").write_text("{")
+    damaged = ris("cache", "info", "--cache", root)
+    assert damaged.exit_code == 4
+    assert "plan.json is damaged" in damaged.stderr
+
+
 def test_no_cache_ends_with_3(ris, tmp_path):
     result = ris("cache", "info", "--cache", tmp_path / "none")
     assert result.exit_code == 3

@@ -50,7 +50,7 @@ def test_a_sound_cache_ends_with_0(ris, small_shards, options):
     result = ris("cache", "verify", "--cache", small_shards, *options)
     assert result.exit_code == 0
     assert "is sound" in result.stdout
-    assert ("not read" in result.stdout) is bool(options)
+    assert ("is sound: features were not read (--fast); " in result.stdout) is bool(options)
     assert result.stderr == ""
 
 
@@ -68,7 +68,7 @@ def test_every_bad_shard_is_named_and_the_exit_code_is_4(ris, cache):
     assert "features.zarr/sam/c/2/0/0/0 is missing (shard 2)" in result.stdout
     assert "has 0 bytes instead of" in result.stdout
     assert "For features: `ris cache verify --repair --data DIR`" in result.stdout
-    assert "For table: Restore the file from a copy" in result.stdout
+    assert "For table: `ris cache verify --repair --data DIR` builds it again" in result.stdout
 
 
 def test_json_says_the_same(ris, cache):
@@ -87,7 +87,7 @@ def test_json_says_the_same(ris, cache):
     )
     assert len(finding["image_ids"]) == 1
     assert finding["repairable"] is True
-    assert "belong to nothing" in document["notes"][0]
+    assert "of earlier states of the cache" in document["notes"][0]
     assert document["repaired"] is document["would_repair"] is None
 
 
@@ -112,25 +112,51 @@ def test_a_dry_run_says_what_a_repair_would_do_and_does_nothing(ris, cache, draw
     assert "Would compute 4 images again: shards 1." in result.stdout
     assert "Nothing was written." in result.stdout
     document = json.loads(ris(*arguments, "--json").stdout)
-    assert document["would_repair"] == {"images": {"1": 4}, "metadata": [], "obstacles": {}}
+    nothing = {"rebuilt": [], "not_rebuilt": {}, "left_out": []}
+    assert document["would_repair"] == {"images": {"1": 4}, "metadata": [], "obstacles": {}} | nothing
     assert shard(cache, 1).read_bytes() == damaged
     assert ris("cache", "verify", "--cache", cache, "--dry-run").exit_code == 2
 
 
 def test_a_repair_that_cannot_mend_everything_ends_with_4(ris, cache, drawn_data, tmp_path):
     flip(shard(cache, 0))
-    flip(cache / load_manifest(cache).datasets["refcoco.unc"].expressions_file)
+    flip(shard(cache, 2))
+    shard(cache, 2).unlink()
+    shard(cache, 2).mkdir()
     result = ris("cache", "verify", "--cache", cache, "--repair", "--data", drawn_data, "--json", *TRIAL)
     assert result.exit_code == 4
     document = json.loads(result.stdout)
     assert document["repaired"]["restored"] == [0]
-    assert [finding["kind"] for finding in document["findings"]] == ["table"]
+    assert [finding["problem"] for finding in document["findings"]] == ["is not a file"]
 
+    shard(cache, 2).rmdir()
     flip(shard(cache, 0))
+    flip(cache / load_manifest(cache).datasets["refcoco.unc"].expressions_file)
     result = ris("cache", "verify", "--cache", cache, "--repair", "--data", tmp_path / "none", *TRIAL)
     assert result.exit_code == 4
     assert "Shard 0 could not be mended: No image file" in result.stdout
+    assert "Not to be built again: the tables of refcoco.unc: " in result.stdout
     assert "Damaged shards: 0." in result.stdout
+
+
+def test_tables_categories_and_heads_are_built_again(ris, cache, small_shards, drawn_data):
+    gone = [name for name in load_manifest(cache).files if not name.startswith(("features", "images"))]
+    assert len(gone) == 5
+    for name in gone:
+        (cache / name).unlink()
+    refused = ris(
+        "extract", "--split", "refcoco", "--data", drawn_data, "--cache", cache, "--preset", "tiny", *TRIAL
+    )
+    assert refused.exit_code == 4
+    assert "lacks files of its manifest" in refused.stderr
+    assert "`ris cache verify --repair --data DIR`" in refused.stderr
+    command = ("cache", "verify", "--cache", cache, "--repair", "--data", drawn_data)
+    things = "SAM's heads, the category set refcoco.unc, the tables of refcoco.unc."
+    assert f"Would build again: {things}" in ris(*command, "--dry-run").stdout
+    result = ris(*command, *TRIAL)
+    assert result.exit_code == 0, result.output
+    assert f"Built again: {things}" in result.stdout
+    assert all((cache / name).read_bytes() == (small_shards / name).read_bytes() for name in gone)
 
 
 def test_other_encoders_end_a_repair_with_5(ris, cache, drawn_data):

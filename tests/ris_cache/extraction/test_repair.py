@@ -18,12 +18,18 @@ from ris_cache.datasets.shapes import write_shapes_dataset
 from ris_cache.encoders.frozen import FrozenEncoders
 from ris_cache.encoders.spec import TINY
 from ris_cache.encoders.weights import RandomWeights
-from ris_cache.errors import CacheError, CorruptShardError, FingerprintMismatchError, IncompleteCacheError
+from ris_cache.errors import (
+    CorruptShardError,
+    FingerprintMismatchError,
+    IncompleteCacheError,
+    StoppedError,
+)
 from ris_cache.extraction.repair import RepairReport, plan_repair, repair
 from ris_cache.extraction.run import Layout, Silent, extract, make_recipe
 from ris_cache.store import files
 from ris_cache.store.backends import make_backend
 from ris_cache.store.cache import FeatureCache
+from ris_cache.store.collect import remove
 from ris_cache.store.draft import CacheDraft
 from ris_cache.store.fingerprint import cache_fingerprint
 from ris_cache.store.journal import Journal
@@ -277,6 +283,149 @@ def test_features_are_rounded_through_the_precisions_that_they_came_by(tmp_path,
     assert set(decode("int8", arrays)) == {"sam", "clip", "clip_pooled"}
 
 
+# --- tables, categories and heads ----------------------------------------------------------------------------
+
+SMALL_FILES = ("expressions", "instances", "categories", "heads")
+
+
+def small_files(root: Path, kind: str) -> list[Path]:
+    entry = load_manifest(root).datasets["refcoco.unc"]
+    found = {
+        "expressions": [entry.expressions_file],
+        "instances": [entry.instances_file],
+        "categories": [f"categories/{entry.category_set}.{end}" for end in ("json", "safetensors")],
+        "heads": [files.SAM_HEADS_NAME],
+    }
+    return [root / path for path in found[kind]]
+
+
+@pytest.mark.parametrize("harm", [flip, Path.unlink, lambda path: path.write_bytes(b"")])
+def test_small_files_come_back_byte_for_byte(cache, drawn, encoders, harm):
+    before = content(cache)
+    for path in [path for kind in SMALL_FILES for path in small_files(cache, kind)]:
+        harm(path)
+    assert all(finding.is_repairable for finding in verify(cache).findings)
+    report = mend(cache, drawn, lambda: encoders)
+    things = ("SAM's heads", "the category set refcoco.unc", "the tables of refcoco.unc")
+    assert (report.rebuilt, report.not_rebuilt, report.left_out) == (things, {}, ())
+    assert (report.num_images, report.is_stopped) == (0, False)
+    assert content(cache) == before
+
+
+@pytest.mark.parametrize("kind", SMALL_FILES)
+def test_each_small_file_is_made_again_alone(cache, drawn, encoders, kind):
+    before = content(cache)
+    for path in small_files(cache, kind):
+        flip(path)
+        others = {
+            place: place.stat().st_ino for place in cache.rglob("*") if place.is_file() and place != path
+        }
+        assert len(mend(cache, drawn, lambda: encoders).rebuilt) == 1
+        assert content(cache) == before
+        assert {place: place.stat().st_ino for place in others} == others
+
+
+def test_category_names_that_are_there_need_no_annotations(cache, tmp_path, encoders):
+    before = content(cache)
+    small_files(cache, "categories")[1].unlink()
+    assert mend(cache, tmp_path / "none", lambda: encoders).rebuilt == ("the category set refcoco.unc",)
+    assert content(cache) == before
+
+
+def test_annotations_that_are_gone_or_others_leave_the_tables_and_let_the_rest_be_mended(
+    cache, tmp_path, encoders
+):
+    for kind in ("expressions", "heads"):
+        flip(small_files(cache, kind)[0])
+    report = mend(cache, tmp_path / "none", lambda: encoders)
+    assert report.rebuilt == ("SAM's heads",)
+    assert list(report.not_rebuilt) == ["the tables of refcoco.unc"]
+    write_shapes_dataset(
+        tmp_path / "other", num_images={"train": 8, "val": 1, "testA": 1, "testB": 1}, seed=5
+    )
+    before = content(cache)
+    plan = plan_repair(cache, verify(cache).findings, tmp_path / "other")
+    assert (
+        "are not those that the cache was made of" in plan.annotations.obstacles["the tables of refcoco.unc"]
+    )
+    assert not plan.annotations.things
+    report = mend(cache, tmp_path / "other", never)
+    assert report.not_rebuilt == plan.annotations.obstacles
+    assert content(cache) == before
+
+
+def test_other_encoders_make_no_small_files(cache, drawn):
+    flip(small_files(cache, "heads")[0])
+    before = content(cache)
+    with pytest.raises(FingerprintMismatchError):
+        mend(cache, drawn, lambda: load_encoders(seed=1))
+    assert content(cache) == before
+
+
+def test_of_a_split_that_is_a_part_nothing_is_built(tmp_path, drawn, encoders):
+    def run(splits: str, limit: int | None = None) -> None:
+        extract(
+            parse_selections(splits),
+            data_root=drawn,
+            cache_root=tmp_path / "feats",
+            encoders=encoders,
+            batch_size=BATCH,
+            limit=limit,
+        )
+
+    root = tmp_path / "feats"
+    run("refcoco:train", limit=3)
+    flip(small_files(root, "expressions")[0])
+    (found,) = verify(root).findings
+    assert not found.is_repairable
+    assert "`ris cache remove refcoco.unc`" in found.remedy
+    assert "`ris extract --split refcoco/unc:train`" in found.remedy
+    assert mend(root, drawn, never) == RepairReport(num_images=0)
+    remove(root, ["refcoco.unc"])
+    run("refcoco:train", limit=3)
+    run("refcoco:val")
+    flip(small_files(root, "instances")[0])
+    report = mend(root, drawn, lambda: encoders)
+    assert (report.rebuilt, report.left_out) == (("the tables of refcoco.unc",), ("refcoco/unc:train",))
+    assert list(load_manifest(root).datasets["refcoco.unc"].splits) == ["val"]
+    assert len(FeatureCache.open(root)) == 4
+    run("refcoco:train", limit=3)
+    assert verify(root).is_sound
+
+
+def test_a_stopped_repair_builds_nothing_more(cache, drawn, encoders):
+    for kind in ("expressions", "heads"):
+        flip(small_files(cache, kind)[0])
+    answers = iter([False, True])
+    report = mend(cache, drawn, lambda: encoders, should_stop=lambda: next(answers))
+    assert (report.rebuilt, report.is_stopped) == (("SAM's heads",), True)
+    assert mend(cache, drawn, lambda: encoders).rebuilt == ("the tables of refcoco.unc",)
+    assert verify(cache).is_sound
+
+
+def test_extracting_into_a_damaged_cache_is_refused_and_changes_nothing(cache, drawn, encoders):
+    paths = [*shard_paths(cache, 1), *[path for kind in SMALL_FILES for path in small_files(cache, kind)]]
+    harms = [
+        Path.unlink,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    ]
+    for number, path in enumerate(paths):
+        good = path.read_bytes()
+        harms[number % len(harms)](path)
+        before = content(cache)
+        with pytest.raises(CorruptShardError, match=f"{path.name}.*ris cache verify --repair --data DIR"):
+            extract(
+                parse_selections("refcoco:train,refcoco:val"),
+                data_root=drawn,
+                cache_root=cache,
+                encoders=encoders,
+                batch_size=BATCH,
+            )
+        assert content(cache) == before
+        path.write_bytes(good)
+
+
 # --- what cannot be mended -----------------------------------------------------------------------------------
 
 
@@ -326,21 +475,31 @@ def test_a_damaged_table_of_images_is_no_base_for_a_repair(cache, drawn):
         mend(cache, drawn, never)
 
 
-def test_tables_are_not_mended(cache, drawn):
-    flip(cache / load_manifest(cache).datasets["refcoco.unc"].instances_file)
-    report = mend(cache, drawn, never)
-    assert report == RepairReport(num_images=0)
-    assert not verify(cache).is_sound
+def test_an_extraction_that_was_cut_off_goes_on_after_a_repair(cache, drawn, encoders, rounding):
+    """Neither may wait for the other: extracting refuses a damaged cache."""
 
+    def go_on(should_stop: Callable[[], bool] = lambda: False) -> None:
+        extract(
+            parse_selections("refcoco:train,refcoco:val"),
+            data_root=drawn,
+            cache_root=cache,
+            encoders=encoders,
+            batch_size=BATCH,
+            should_stop=should_stop,
+        )
 
-def test_an_extraction_that_is_not_finished_comes_first(cache, drawn, encoders):
-    recipe = make_recipe(encoders, cache, Layout())
-    wanted = NewImage(image_id=1, file_name="1.jpg", height=2, width=2)
-    CacheWriter.open(cache, recipe, purpose="extract", request={}, choose=lambda known: [wanted]).close()
-    assert Journal(cache).exists
-    flip(shard_paths(cache, 0)[0])
-    with pytest.raises(CacheError, match="Finish it with the same command"):
-        mend(cache, drawn, never)
+    with pytest.raises(StoppedError):
+        go_on(should_stop=lambda: True)
+    plan = Journal(cache).read_plan()
+    assert plan is not None
+    shard_paths(cache, 0)[0].unlink()
+    with pytest.raises(CorruptShardError, match="ris cache verify --repair --data DIR"):
+        go_on()
+    assert mend(cache, drawn, lambda: encoders).changed == (0,)
+    assert Journal(cache).read_plan() == plan
+    go_on()
+    assert verify(cache).is_sound
+    assert list(load_manifest(cache).datasets["refcoco.unc"].splits) == ["train", "val"]
 
 
 def test_no_lock_is_left_where_there_is_no_cache(tmp_path, drawn):

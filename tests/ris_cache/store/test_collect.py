@@ -113,6 +113,27 @@ def test_a_dataset_comes_back_without_computing_anything(root: Path, either_draw
     assert len(either_drawing.require_whole(root).expressions(PLUS)) == 8
 
 
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_dataset_goes_though_its_tables_are_damaged_or_lost(
+    root: Path, either_drawing: Any, is_lost: bool
+) -> None:
+    entry = FeatureCache.open(root).manifest.datasets[PLUS]
+    for path in (root / entry.expressions_file, root / entry.instances_file):
+        path.unlink() if is_lost else path.write_bytes(path.read_bytes()[::-1])
+    assert remove(root, [PLUS], dry_run=True) == remove(root, [PLUS])
+    collect(root)
+    assert set(require_sound(either_drawing, root).images) == set(range(10))
+
+
+def test_damaged_tables_of_what_stays_are_not_passed_over(root: Path) -> None:
+    (root / FeatureCache.open(root).manifest.datasets[PLUS].expressions_file).unlink()
+    before = files_of(root)
+    with pytest.raises(CorruptShardError, match="is missing"):
+        remove(root, ["refcoco"])
+    assert files_of(root) == before
+    assert remove(root, ["refcoco", "refcoco+"]).num_images == 16
+
+
 # Collecting.
 
 

@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ris_cache.errors import CacheMissError, ConfigError, DataError, IncompleteCacheError, ShapeError
+from ris_cache.errors import (
+    CacheMissError,
+    ConfigError,
+    CorruptShardError,
+    DataError,
+    IncompleteCacheError,
+    ShapeError,
+)
 from ris_cache.store import files
 from ris_cache.store.cache import FeatureCache
 from ris_cache.store.draft import CacheDraft, Recipe, remove_unlisted
@@ -313,6 +320,41 @@ def test_a_dataset_may_be_dropped_and_added_again_at_once(drawing: Any, root: Pa
     assert manifest.files == before.files
     drawing.require_whole(root)
     assert FeatureCache.open(root).categories("coco").ids == (1, 47)
+
+
+@pytest.mark.parametrize("kind", ["images", "expressions", "instances", "categories"])
+def test_damage_is_not_carried_over_into_the_next_state(drawing: Any, root: Path, kind: str) -> None:
+    """A table that still reads, with another value in it, would get a checksum of its own."""
+    (path, *_) = (root / name for name in load_manifest(root).files if name.startswith(kind))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CorruptShardError, match="its SHA-256 is not that of the manifest"):
+        drawing.edit(range(3), "testA")(CacheDraft.of(root))
+
+
+def test_what_is_lost_is_written_again_under_the_same_manifest(drawing: Any, root: Path) -> None:
+    before = state_of(root)
+    lost = ["categories/coco.json", files.SAM_HEADS_NAME, "features.zarr/clip/zarr.json"]
+    for name in lost:
+        (root / name).unlink()
+    draft = CacheDraft.of(root)
+    draft.replace_categories("coco", drawing.categories())
+    draft.drop_files([files.SAM_HEADS_NAME])
+    draft.write_sam_heads({"mask_tokens": np.ones((2, 3), np.float32).T, "scale": np.array(2.5)})
+    assert draft.commit() == load_manifest(root)
+    after = state_of(root)
+    assert {name: state[2] for name, state in after.items()} == {name: s[2] for name, s in before.items()}
+    assert {name for name, state in after.items() if state != before[name]} == set(lost)
+
+
+def test_the_tables_of_a_dataset_are_dropped_without_its_categories(drawing: Any, root: Path) -> None:
+    draft = CacheDraft.of(root)
+    entry = load_manifest(root).datasets[TABLE]
+    assert draft.drop_tables(TABLE) == entry
+    manifest = draft.commit()
+    assert (manifest.datasets, manifest.category_sets) == ({}, ("coco",))
+    assert not {entry.expressions_file, entry.instances_file} & set(manifest.files)
 
 
 # Category sets and heads.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ris_cache.errors import CacheMissError, CorruptShardError, IncompleteCacheError
 from ris_cache.store.draft import CacheDraft
-from ris_cache.store.info import describe, flat_fields, growth
+from ris_cache.store.info import describe, find_begun, flat_fields, growth
 from ris_cache.store.manifest import load_manifest
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
@@ -94,6 +94,30 @@ def test_what_cannot_be_described_is_refused(cache, tmp_path, drawing):
     (cache / load_manifest(cache).images.file).unlink()
     with pytest.raises(CorruptShardError, match="is missing"):
         describe(cache)
+
+
+def test_what_has_been_begun_is_described(tmp_path, any_drawing):
+    root = tmp_path / "begun"
+    assert find_begun(root) is None
+    writer = any_drawing.open(root, range(10), {"--split": "val", "--limit": 10})
+    any_drawing.commit(next(iter(writer.free_claims())))
+    found = find_begun(root)
+    assert found is not None
+    assert (found.root, found.dtype, found.backend) == (root, any_drawing.dtype, any_drawing.backend)
+    assert found.unfinished.command == "ris extract --split val --limit 10"
+    assert (found.unfinished.num_images, found.unfinished.num_images_done) == (10, 4)
+    assert (found.unfinished.num_shards, found.unfinished.num_shards_done) == (3, 1)
+    assert found.num_bytes >= 4 * any_drawing.recipe.image_bytes
+    any_drawing.commit_all(writer)
+    writer.finish(any_drawing.edit(range(10), "val"))
+    assert find_begun(root) is None
+
+
+def test_a_damaged_plan_is_not_described(tmp_path, drawing):
+    drawing.open(tmp_path / "begun", range(4)).close()
+    (tmp_path / "begun" / "extraction" / "plan.json").write_text("{")
+    with pytest.raises(CorruptShardError, match=r"plan\.json is damaged.*Remove"):
+        find_begun(tmp_path / "begun")
 
 
 @given(num_images=st.integers(0, 10_000))

@@ -122,11 +122,9 @@ def test_a_changed_byte_is_found_in_every_file(cache):
             flip(cache / path, place)
             report = verify(cache)
             assert {finding.path for finding in report.findings} == {path}
-            is_feature = path.startswith("features")
-            assert [finding.is_repairable for finding in report.findings] == [is_feature] * len(
-                report.findings
-            )
-            assert bool(report.bad_shards) is is_feature
+            can_be_mended = not path.startswith("images")
+            assert {finding.is_repairable for finding in report.findings} == {can_be_mended}
+            assert bool(report.bad_shards) is path.startswith("features")
             flip(cache / path, place)
     assert verify(cache).is_sound
 
@@ -153,7 +151,6 @@ CHANGED_SIZES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "emptied": (lambda path: path.write_bytes(b""), "has 0 bytes instead of"),
     "cut short": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes instead of"),
     "longer": (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "bytes instead of"),
-    "a directory": (lambda path: (path.unlink(), path.mkdir()), "bytes instead of"),
 }
 
 
@@ -169,6 +166,20 @@ def test_a_file_of_another_size_is_found(cache, change, fast):
     assert all(problem in finding.problem for finding in report.findings)
     assert {finding.kind for finding in report.findings} == {"features", "table", "heads"}
     assert report.bad_shards == (2,)
+
+
+def test_a_directory_in_the_place_of_a_file_is_to_be_removed_first(cache):
+    paths = [shard_file(cache, 2), load_manifest(cache).datasets[TABLE].instances_file, files.SAM_HEADS_NAME]
+    if (cache / "features.zarr").exists():
+        paths.append("features.zarr/zarr.json")
+    for path in paths:
+        (cache / path).unlink()
+        (cache / path).mkdir()
+    report = verify(cache)
+    assert sorted(problems(report)) == sorted((path, "is not a file") for path in paths)
+    assert {(finding.kind, finding.is_repairable) for finding in report.findings} == {("access", False)}
+    assert all(finding.remedy.startswith("Remove what is there") for finding in report.findings)
+    assert report.bad_shards == ()
 
 
 def test_every_problem_is_named_not_the_first_alone(cache):
@@ -390,6 +401,7 @@ def test_a_damaged_manifest_is_the_one_finding(cache):
     assert report.manifest is None
     (finding,) = report.findings
     assert (finding.kind, finding.path, finding.is_repairable) == ("manifest", "manifest.json", False)
+    assert finding.problem.startswith("is damaged: it")
 
 
 def test_counts_that_the_tables_contradict_are_found(cache):
@@ -509,12 +521,21 @@ def test_a_newer_format_is_refused_and_not_called_damaged(cache):
 
 
 def test_files_that_belong_to_nothing_are_noted(cache):
+    stray = (cache / shard_file(cache, 0)).with_name(".0.17.tmp")
+    stray.write_bytes(b"half")
     (cache / "images" / "pool.0123.parquet").write_bytes(b"old")
-    (cache / shard_file(cache, 0)).with_name(".0.17.tmp").write_bytes(b"half")
+    where = stray.relative_to(cache)
+    one = (
+        "1 table (3 bytes) is of earlier states of the cache; `ris cache gc` removes it.",
+        f"1 file (4 bytes) belongs to nothing, for example {where}; `ris cache gc` removes it.",
+    )
     report = verify(cache)
-    assert report.is_sound
-    assert any(
-        "2 files (7 bytes) belong to nothing" in note and "ris cache gc" in note for note in report.notes
+    assert (report.is_sound, report.notes) == (True, one)
+    (cache / "expressions" / "a.0123.parquet").write_bytes(b"old")
+    stray.with_name(".1.17.tmp").write_bytes(b"half")
+    assert verify(cache).notes == (
+        "2 tables (6 bytes) are of earlier states of the cache; `ris cache gc` removes them.",
+        f"2 files (8 bytes) belong to nothing, for example {where}; `ris cache gc` removes them.",
     )
 
 
