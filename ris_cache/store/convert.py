@@ -22,7 +22,7 @@ from ris_cache.store.backends import make_backend
 from ris_cache.store.cache import FeatureCache
 from ris_cache.store.draft import CacheDraft, Recipe, metadata_paths
 from ris_cache.store.earlier import identity, outcome, why_not_earlier
-from ris_cache.store.fingerprint import converted_fingerprint, rounded_through
+from ris_cache.store.fingerprint import converted_fingerprint, lossy, rounded_through
 from ris_cache.store.journal import Journal, Plan
 from ris_cache.store.locks import FileLock
 from ris_cache.store.manifest import Manifest, SplitCounts
