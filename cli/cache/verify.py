@@ -84,8 +84,8 @@ def verify(
                 cache, report, data, lambda: _encoders_of(manifest, *weights, device=device), batch_size
             )
             # Damaged metadata hid the rows of all shards; otherwise the others are known to be sound.
-            shards = None if repaired.rewritten else set(report.bad_shards)
-            report = _verify(cache, fast=fast, shards=shards)
+            shards = {finding.shard for finding in report.findings if finding.shard is not None}
+            report = _verify(cache, fast=fast, shards=None if repaired.rewritten else shards)
     if json:
         print_json(_as_document(cache, report, plan, repaired))
     else:

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ris_cache.errors import ConfigError, CorruptShardError
-from ris_cache.store import checking, mapped, tables
+from ris_cache.store import checking, maps, tables
 from ris_cache.store.backends import make_backend
 from ris_cache.store.cache import FeatureCache
 from ris_cache.store.checking import INTEGRITY, Integrity, RowChecker, require_integrity
@@ -150,7 +150,7 @@ def replace_damaged(root: Path, image_id: int) -> Path:
 def test_a_shard_that_was_damaged_while_others_were_open_is_noticed(
     any_drawing: Any, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mapped, "_MAX_OPEN", 1)
+    monkeypatch.setattr(maps, "_MAX_OPEN", 1)
     cache = FeatureCache.open(root)
     for _ in range(2):
         any_drawing.require_features(cache, [0, 1, 2, 3])

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ris_cache.errors import CacheError, CacheMissError, CorruptShardError
-from ris_cache.store import mapped
+from ris_cache.store import maps
 from ris_cache.store.backends import make_backend
 from ris_cache.store.layout import Backend, StoredArray
 from ris_cache.store.mapped import MappedReader
@@ -111,7 +111,7 @@ def test_a_batch_larger_than_the_maps_is_read_whole(make: Callable[[str], Backen
 def test_as_many_files_as_the_process_may_open_leave_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit, expected in ((1024, 512), (1, 1), (10**9, 4096), (resource.RLIM_INFINITY, 4096)):
         monkeypatch.setattr(resource, "getrlimit", lambda kind, limit=limit: (limit, limit))
-        assert mapped._default_max_open() == expected
+        assert maps.default_max_open() == expected
 
 
 FEW_FILES = """
@@ -224,7 +224,7 @@ assert resource.getrlimit(resource.RLIMIT_NOFILE) == (50, 300)  # once is enough
 def test_all_readers_share_what_may_be_open_and_the_least_recently_used_goes_first(
     make: Callable[[str], Backend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mapped, "_MAX_OPEN", 3)
+    monkeypatch.setattr(maps, "_MAX_OPEN", 3)
     backend = make("hdf5")
     first, second = MappedReader(backend), MappedReader(backend)
     for reader, row in ((first, 0), (second, 0), (first, 4), (first, 0), (second, 4)):
@@ -243,7 +243,7 @@ def test_a_thread_that_opens_a_file_keeps_no_other_from_reading(
     reader = MappedReader(make("hdf5"))
     read(reader, 0)
     is_opening, may_go_on = threading.Event(), threading.Event()
-    really_open = mapped._open_mapped
+    really_open = maps._open_mapped
 
     def open_slowly(path: Path, shard: int) -> Any:
         if shard == 1:
@@ -251,7 +251,7 @@ def test_a_thread_that_opens_a_file_keeps_no_other_from_reading(
             assert may_go_on.wait(30)
         return really_open(path, shard)
 
-    monkeypatch.setattr(mapped, "_open_mapped", open_slowly)
+    monkeypatch.setattr(maps, "_open_mapped", open_slowly)
     slow = threading.Thread(target=read, args=(reader, 4))
     slow.start()
     try:
@@ -353,7 +353,7 @@ SPANS = st.lists(st.tuples(st.integers(0, 1 << 21), st.integers(1, 1 << 19)), ma
 
 @given(spans=SPANS)
 def test_advised_pieces_cover_each_page_of_the_rows_once(spans: list[tuple[int, int]]) -> None:
-    pieces = list(mapped._advised_pieces([(first, first + length) for first, length in spans]))
+    pieces = list(maps._advised_pieces([(first, first + length) for first, length in spans]))
     pages = [page for start, stop in pieces for page in range(start // PAGE, stop // PAGE)]
     wanted = {
         page for first, length in spans for page in range(first // PAGE, (first + length - 1) // PAGE + 1)
