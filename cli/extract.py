@@ -162,10 +162,12 @@ def _arithmetic_of(cache: Path) -> str | None:
     """The arithmetic that a cache, or the first extraction into it, was begun with; None if there is none."""
     from ris_cache.store.journal import Journal
     from ris_cache.store.planning import load_base
+    from ris_cache.store.refusals import explained
 
     if not cache.is_dir():
         return None
-    found = load_base(cache) or Journal(cache).read_plan()
+    with explained(cache):
+        found = load_base(cache) or Journal(cache).read_plan()
     return str(found.fingerprint.fields.get("arithmetic", "auto")) if found else None
 
 

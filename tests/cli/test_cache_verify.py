@@ -135,7 +135,7 @@ def test_a_repair_that_cannot_mend_everything_ends_with_4(ris, cache, drawn_data
     assert result.exit_code == 4
     assert "Shard 0 could not be mended: No image file" in result.stdout
     assert "Not to be built again: the tables of refcoco.unc: " in result.stdout
-    assert "Damaged shards: 0." in result.stdout
+    assert "Damaged shards: 0, 2." in result.stdout
 
 
 def test_tables_categories_and_heads_are_built_again(ris, cache, small_shards, drawn_data):

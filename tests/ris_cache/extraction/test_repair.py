@@ -426,6 +426,28 @@ def test_extracting_into_a_damaged_cache_is_refused_and_changes_nothing(cache, d
         path.write_bytes(good)
 
 
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b"")])
+def test_a_shard_that_an_unfinished_extraction_has_lost_is_computed_again(tmp_path, drawn, encoders, harm):
+    root = tmp_path / "feats"
+
+    def run(should_stop: Callable[[], bool] = lambda: False) -> int:
+        return extract(
+            parse_selections("refcoco:train"),
+            data_root=drawn,
+            cache_root=root,
+            encoders=encoders,
+            batch_size=BATCH,
+            layout=Layout(shard_rows=SHARD_ROWS),
+            should_stop=should_stop,
+        ).added
+
+    with pytest.raises(StoppedError):
+        run(lambda: any((root / "extraction" / "shards").glob("*.json")))
+    harm(root / "features.zarr/sam/c/0/0/0/0")
+    assert run() >= SHARD_ROWS
+    assert verify(root).is_sound
+
+
 # --- what cannot be mended -----------------------------------------------------------------------------------
 
 
