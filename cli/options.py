@@ -51,9 +51,9 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
+        problem = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(
-            f"Device {name!r} cannot be used here: {str(error).splitlines()[0].rstrip('.')}. `ris doctor` shows "
-            "what is there.",
+            f"Device {name!r} cannot be used here: {problem}. `ris doctor` shows what is there.",
             device=name,
         ) from error
     return device
