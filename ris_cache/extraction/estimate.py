@@ -16,6 +16,7 @@ from ris_cache.extraction.sources import Sources, load_sources
 from ris_cache.store.draft import Recipe
 from ris_cache.store.journal import Journal, Plan, PlannedImage
 from ris_cache.store.manifest import Manifest
+from ris_cache.store.opening import require_files
 from ris_cache.store.planning import is_carried_out, load_base, require_same_making
 from ris_cache.store.refusals import free_bytes
 from ris_cache.store.tables import IMAGES, CachedImage, read_images, read_table
@@ -77,6 +78,8 @@ def estimate(
     recipe = make_recipe(encoders, cache_root, layout)
     manifest, plan = load_base(cache_root), Journal(cache_root).read_plan()
     require_same_making(cache_root, recipe, manifest, plan)
+    if manifest is not None:
+        require_files(cache_root, manifest)
     known = _known_images(cache_root, manifest, plan)
     wanted = [image.image_id for image in sources.needing_features(known, cache_root)]
     new_texts, new_categories = _new_texts(sources, manifest)
