@@ -28,17 +28,17 @@ import numpy as np
 import numpy.typing as npt
 from h5py import h5d, h5f, h5fd, h5p, h5s, h5t
 
-from ris_cache.store.backends import (
+from ris_cache.store.files import FileDigest
+from ris_cache.store.layout import ABSENT, Array, RowPlaces, StoredArray
+from ris_cache.store.shard_files import (
     DTYPE_ATTRIBUTE,
+    ShardBackend,
     as_bytes,
-    check_arrays,
     check_content,
     damaged,
     unreadable,
     write_parts,
 )
-from ris_cache.store.files import FileDigest
-from ris_cache.store.layout import ABSENT, Array, RowPlaces, StoredArray
 
 DIRECTORY_NAME: Final = "features"
 ROWS_NAME: Final = "rows"
@@ -48,7 +48,7 @@ _PAGE_BYTES: Final = 4096
 _MAX_COMPACT_BYTES: Final = 1 << 15  # HDF5 allows just under 64 KiB in an object's header
 
 
-class Hdf5Backend:
+class Hdf5Backend(ShardBackend):
     """Shards as HDF5 files; see `Backend` for what each method does."""
 
     def __init__(self, root: Path, arrays: tuple[StoredArray, ...], shard_rows: int) -> None:
@@ -57,28 +57,10 @@ class Hdf5Backend:
         Raises:
             ConfigError: arrays that cannot be laid out.
         """
-        check_arrays(arrays, shard_rows, reserved=ROWS_NAME)
-        self._root = root.absolute()
-        self._arrays = {array.name: array for array in arrays}
-        self._shard_rows = shard_rows
+        super().__init__(root, arrays, shard_rows, reserved=ROWS_NAME)
 
     def __reduce__(self) -> tuple[type[Hdf5Backend], tuple[Path, tuple[StoredArray, ...], int]]:
         return Hdf5Backend, (self._root, self.arrays, self._shard_rows)
-
-    @property
-    def root(self) -> Path:
-        """The cache directory, absolute."""
-        return self._root
-
-    @property
-    def arrays(self) -> tuple[StoredArray, ...]:
-        """Every array."""
-        return tuple(self._arrays.values())
-
-    @property
-    def shard_rows(self) -> int:
-        """S."""
-        return self._shard_rows
 
     def shard_files(self, shard: int) -> tuple[str, ...]:
         """Return the one file of a shard."""

@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ris_cache.errors import CacheMissError, ShapeError
-from ris_cache.store.backends import check_buffer
 from ris_cache.store.layout import ABSENT, Array, Backend, StoredArray
 from ris_cache.store.maps import (
     MappedFile,
@@ -29,6 +28,7 @@ from ris_cache.store.maps import (
     raise_file_limit,
     with_room,
 )
+from ris_cache.store.shard_files import check_buffer
 
 _MAX_HELD: Final = 64
 

@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ris_cache.errors import CacheError
-from ris_cache.store.backends import damaged, unreadable
 from ris_cache.store.layout import ABSENT, Backend, StoredArray
+from ris_cache.store.shard_files import damaged, unreadable
 
 _T = TypeVar("_T")
 _MAX_OPEN: Final = 4096

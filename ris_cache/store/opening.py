@@ -13,9 +13,9 @@ import numpy as np
 
 from ris_cache.errors import CacheError, CacheMissError, CorruptShardError, IncompleteCacheError
 from ris_cache.store import files, tables
-from ris_cache.store.backends import unreadable
 from ris_cache.store.checking import Integrity
 from ris_cache.store.manifest import FileEntry, Manifest, load_manifest
+from ris_cache.store.shard_files import unreadable
 
 _MAX_LISTED = 10
 _MEND = "Mend the cache with `ris cache verify --repair --data DIR`, or restore {} from a copy."

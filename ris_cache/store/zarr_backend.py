@@ -32,17 +32,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ris_cache.errors import ConfigError, CorruptShardError
-from ris_cache.store.backends import (
+from ris_cache.store.files import FileDigest
+from ris_cache.store.layout import ABSENT, Array, RowPlaces, StoredArray
+from ris_cache.store.shard_files import (
     DTYPE_ATTRIBUTE,
+    ShardBackend,
     as_bytes,
-    check_arrays,
     check_content,
     damaged,
     unreadable,
     write_parts,
 )
-from ris_cache.store.files import FileDigest
-from ris_cache.store.layout import ABSENT, Array, RowPlaces, StoredArray
 
 GROUP_NAME: Final = "features.zarr"
 METADATA_NAME: Final = "zarr.json"
@@ -57,7 +57,7 @@ _FILL: Final[dict[str, float | int]] = {
 }
 
 
-class ZarrBackend:
+class ZarrBackend(ShardBackend):
     """Shards as files of Zarr v3 arrays; see `Backend` for what each method does."""
 
     def __init__(self, root: Path, arrays: tuple[StoredArray, ...], shard_rows: int) -> None:
@@ -66,30 +66,12 @@ class ZarrBackend:
         Raises:
             ConfigError: arrays that cannot be laid out.
         """
-        check_arrays(arrays, shard_rows, reserved=METADATA_NAME)
-        self._root = root.absolute()
-        self._arrays = {array.name: array for array in arrays}
-        self._shard_rows = shard_rows
+        super().__init__(root, arrays, shard_rows, reserved=METADATA_NAME)
         self._index_bytes = 16 * shard_rows + _CRC_BYTES
         self._is_plain: dict[str, bool] = {}
 
     def __reduce__(self) -> tuple[type[ZarrBackend], tuple[Path, tuple[StoredArray, ...], int]]:
         return ZarrBackend, (self._root, self.arrays, self._shard_rows)
-
-    @property
-    def root(self) -> Path:
-        """The cache directory, absolute."""
-        return self._root
-
-    @property
-    def arrays(self) -> tuple[StoredArray, ...]:
-        """Every array."""
-        return tuple(self._arrays.values())
-
-    @property
-    def shard_rows(self) -> int:
-        """S."""
-        return self._shard_rows
 
     def shard_files(self, shard: int) -> tuple[str, ...]:
         """Return one file per array."""
