@@ -36,6 +36,7 @@ from layouts.ours import HDF5, ZARR, our_layouts
 from layouts.per_image import PER_IMAGE
 
 from ris_cache.errors import ConfigError, RisError
+from ris_cache.memory import available_memory
 
 _SPARE = 1.25
 """Free room asked for, per byte needed: the rest of the machine wants some too."""
@@ -134,7 +135,7 @@ def _require_room(layouts: Sequence[Layout], options: argparse.Namespace, root: 
     in_memory = on_disk + image_bytes * options.batch * (len(layouts) + 1)
     for place, needed, free in (
         (f"the disk of {root.parent}", on_disk, shutil.disk_usage(root).free),
-        ("memory", in_memory, report.available_memory()),
+        ("memory", in_memory, available_memory()),
     ):
         if needed * _SPARE > free:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Keep freed memory in the process instead of giving every large block back to the kernel.
+"""How much memory there is, and keeping what the process has freed.
 
 glibc serves large blocks by mmap and unmaps them when freed, so each step of a CPU model pays for faulting
 the same pages in again. Telling it to keep them makes a training step of the `tiny` preset several times
@@ -8,8 +8,14 @@ faster; the price is that resident memory stays at its peak.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
 
+_PROC: Final = Path("/proc")
+_CGROUPS: Final = Path("/sys/fs/cgroup")
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # from <malloc.h>
 _TOP_PAD_BYTES = 64 << 20
 
@@ -27,3 +33,45 @@ def keep_freed_memory() -> bool:
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, _TOP_PAD_BYTES))
     return all(mallopt(option, value) == 1 for option, value in settings)
+
+
+def available_memory() -> int:
+    """Return the bytes that programs and page cache can still take.
+
+    On Linux that is what the kernel estimates, or less where a cgroup (version 2) limits this process.
+    Elsewhere it is all memory there is.
+    """
+    free = _values(_PROC / "meminfo").get("MemAvailable:")
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if free is None else free << 10
+    return max(0, min([available, *_left_to_cgroups()]))
+
+
+def _left_to_cgroups() -> Iterator[int]:
+    """Yield what is left to the process' cgroup and to those around it, where they have a limit."""
+    try:
+        lines = (_PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:  # no Linux
+        return
+    for line in lines:
+        if line.startswith("0::"):
+            own = _CGROUPS / line.removeprefix("0::").lstrip("/")
+            for directory in (own, *own.parents):
+                try:
+                    limit = (directory / "memory.max").read_text().strip()
+                    used = int((directory / "memory.current").read_text())
+                except OSError:  # the root has no limit
+                    continue
+                if limit != "max":
+                    # The page cache counts as used, but makes room for whatever comes.
+                    files = _values(directory / "memory.stat")
+                    cached = files.get("active_file", 0) + files.get("inactive_file", 0)
+                    yield int(limit) - used + cached
+
+
+def _values(path: Path) -> dict[str, int]:
+    """Read a file of names and whole numbers, one pair a line; nothing if there is none."""
+    try:
+        pairs = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {name: int(value) for name, value, *_ in pairs}

@@ -99,13 +99,24 @@ def measure_cold(
             cache.read(image_ids(images), out=buffers)
 
     def ahead(cache: FeatureCache, batches: Sequence[Sequence[int]]) -> None:
-        for _ in cache.prefetch([image_ids(images) for images in batches], **options):
+        for _ in cache.prefetch([image_ids(images) for images in batches], page_cache=True, **options):
+            pass
+
+    def past(cache: FeatureCache, batches: Sequence[Sequence[int]]) -> None:
+        for _ in cache.prefetch([image_ids(images) for images in batches], page_cache=False, **options):
             pass
 
     ways: tuple[tuple[str, str, Integrity, Consume], ...] = (
         ("read", "cache.read, one batch after another", "off", plainly),
-        ("prefetch", "cache.prefetch", "off", ahead),
-        ("prefetch first-open", "cache.prefetch, every checksum compared", "first-open", ahead),
+        ("prefetch", "cache.prefetch, page_cache=True", "off", ahead),
+        ("prefetch past the page cache", "cache.prefetch, page_cache=False", "off", past),
+        ("prefetch first-open", "page_cache=True, every checksum compared", "first-open", ahead),
+        (
+            "prefetch first-open past the page cache",
+            "page_cache=False, every checksum compared",
+            "first-open",
+            past,
+        ),
     )
     modes = [
         _Mode(

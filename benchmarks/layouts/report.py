@@ -65,14 +65,6 @@ def describe_machine(directory: Path) -> Machine:
     )
 
 
-def available_memory() -> int:
-    """Return the bytes that programs and page cache can still take."""
-    available = _first_value(Path("/proc/meminfo"), "MemAvailable")
-    if available is not None:
-        return int(available.split()[0]) << 10
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def machine_lines(machine: Machine) -> list[str]:
     """Return the machine as two lines of text."""
     libraries = ", ".join(f"{name} {found}" for name, found in machine.libraries.items())

@@ -6,18 +6,24 @@ width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from ris_cache.store.layout import Array, StoredArray
+from ris_cache.store.page_cache import ALIGNMENT
 from ris_cache.store.precision import decode, decode_tensors
 
 if TYPE_CHECKING:
     import torch
+
+_HUGE_PAGE_BYTES: Final = 2 << 20
+_HUGE_FROM_BYTES: Final = 4 << 20
+"""Smallest array for which numpy asks the operating system for huge pages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -41,7 +47,10 @@ class FeatureBatch:
     def allocate(
         cls, arrays: Iterable[StoredArray], batch_size: int, *, dtype: str, pinned: bool
     ) -> FeatureBatch:
-        """Make buffers for a batch.
+        """Make buffers for a batch, filled with zeros.
+
+        Arrays of 4 MiB and more start at a multiple of 2 MiB, on huge pages where the system has them, others
+        and pinned ones at a multiple of 4096.
 
         Args:
             pinned: in page-locked memory; needs torch and a GPU.
@@ -119,10 +128,35 @@ class FeatureBatch:
 
 
 def _buffer(shape: tuple[int, ...], dtype: np.dtype[Any], *, pinned: bool) -> Array:
-    if not pinned:
-        return np.zeros(shape, dtype)
+    """Zeros, aligned so that the disk can write into them by itself."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if pinned:
+        flat = _pinned(num_bytes)
+    else:
+        # Of 4 KiB pages a request to the disk would consist of as many pieces, more than it takes at once.
+        alignment = _HUGE_PAGE_BYTES if num_bytes >= _HUGE_FROM_BYTES else ALIGNMENT
+        flat = _aligned(np.zeros(num_bytes + alignment, np.uint8), num_bytes, alignment)
+    return flat.view(dtype).reshape(shape)
+
+
+def _pinned(num_bytes: int) -> npt.NDArray[np.uint8]:
+    """Page-locked zeros that begin with a page.
+
+    They do of themselves, as far as known; asking for more than needed could double what is locked, since
+    torch rounds sizes up to powers of two.
+    """
     import torch
 
-    num_bytes = int(np.prod(shape)) * dtype.itemsize
-    flat: Array = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True).numpy()
-    return flat.view(dtype).reshape(shape)
+    for spare in (0, ALIGNMENT):
+        memory: npt.NDArray[np.uint8] = torch.zeros(
+            num_bytes + spare, dtype=torch.uint8, pin_memory=True
+        ).numpy()
+        if memory.ctypes.data % ALIGNMENT == 0:
+            break
+    return _aligned(memory, num_bytes, ALIGNMENT)
+
+
+def _aligned(memory: npt.NDArray[np.uint8], num_bytes: int, alignment: int) -> npt.NDArray[np.uint8]:
+    """The first `num_bytes` that start at a multiple of `alignment`."""
+    start = -memory.ctypes.data % alignment
+    return memory[start : start + num_bytes]

@@ -21,7 +21,7 @@ from ris_cache.store.backends import make_backend
 from ris_cache.store.batch import FeatureBatch
 from ris_cache.store.checking import Integrity, RowChecker, require_integrity
 from ris_cache.store.fingerprint import Fingerprint
-from ris_cache.store.layout import FeatureStore
+from ris_cache.store.layout import FeatureStore, Way
 from ris_cache.store.manifest import DatasetEntry, Manifest
 from ris_cache.store.mapped import MappedReader
 from ris_cache.store.opening import find_manifest, read_file, require_files, require_sound_images
@@ -164,17 +164,17 @@ class FeatureCache:
             ShapeError: buffers for fewer images.
             CorruptShardError: a damaged shard; what the buffers hold then is of no use.
         """
-        return self.read_into(image_ids, out, through_map=True)
+        return self.read_into(image_ids, out, way="map")
 
-    def read_into(
-        self, image_ids: Sequence[int], out: FeatureBatch | None, *, through_map: bool
-    ) -> FeatureBatch:
+    def read_into(self, image_ids: Sequence[int], out: FeatureBatch | None, *, way: Way) -> FeatureBatch:
         """Read as `read` does, and choose how.
 
         Args:
-            through_map: whether to copy images that were read before, since this process opened their shard,
-                out of memory maps, the fastest way as long as they are still in the page cache. The others,
-                or all of them, are read from their files, which the disk answers several times faster.
+            way: `map` copies images that were read before, since this process opened their shard, out of
+                memory maps, the fastest way as long as they are still in the page cache; the others it reads
+                as `file`. `file` reads all from their files, through the page cache, which the disk answers
+                several times faster. `disk` takes from the page cache what is there and reads the rest past
+                it, leaving nothing in it.
 
         Raises:
             CacheMissError, ShapeError, CorruptShardError: as `read`.
@@ -190,9 +190,7 @@ class FeatureCache:
             )
         batch = out.first(len(rows))
         seen = self._openings[positions]
-        openings = self._store.read_rows(
-            rows, batch.stored, seen=seen if through_map else np.zeros_like(seen)
-        )
+        openings = self._store.read_rows(rows, batch.stored, seen=seen, way=way)
         wrong = self._checker.first_wrong(positions, batch.stored, (openings == seen).all(axis=1))
         if wrong is not None:
             index, name = wrong
@@ -218,6 +216,7 @@ class FeatureCache:
         threads: int = 4,
         read_ahead: int = 0,
         pinned: bool | None = None,
+        page_cache: bool | None = None,
     ) -> Iterator[FeatureBatch]:
         """Read batches ahead of their use, on threads, into buffers that are used again.
 
@@ -227,8 +226,14 @@ class FeatureCache:
             batches: image_ids of each batch, in the order wanted; may be endless.
             depth: batches read, or being read, beyond the one in use.
             threads: that read, each a part of a batch.
-            read_ahead: batches beyond those for which the disk is asked to start already.
+            read_ahead: batches beyond those for which the disk is asked to start already; without effect past
+                the page cache.
             pinned: whether buffers are page-locked; by default where torch is loaded and sees a GPU.
+            page_cache: whether what is read stays in memory. True suits a cache that fits: later epochs come
+                from memory. False suits a larger one: each epoch runs at the disk's speed, the processor
+                copies nothing, and nothing else is pushed out of memory; what is there already is taken from
+                there. By default True if all features of the cache take at most `PAGE_CACHE_SHARE` of the
+                memory available at the call.
 
         Yields:
             Batches in order. A batch is overwritten once the next one is asked for: copy what has to stay.
@@ -236,7 +241,15 @@ class FeatureCache:
         Raises:
             CacheMissError, CorruptShardError: as `read`, where the batch would have come.
         """
-        return prefetch(self, batches, depth=depth, threads=threads, read_ahead=read_ahead, pinned=pinned)
+        return prefetch(
+            self,
+            batches,
+            depth=depth,
+            threads=threads,
+            read_ahead=read_ahead,
+            pinned=pinned,
+            page_cache=page_cache,
+        )
 
     def advise(self, image_ids: Sequence[int]) -> None:
         """Ask the operating system to start reading images that will be wanted soon; unknown ones are

@@ -22,6 +22,8 @@ from ris_cache.store.files import FileDigest
 
 Array = npt.NDArray[Any]
 ElementType = Literal["float16", "float32", "uint16", "int8"]
+Way = Literal["map", "file", "disk"]
+"""How rows are read: copied out of memory maps, from the file through the page cache, or past it."""
 
 ABSENT: Final = -1
 """Stands in `RowPlaces.offsets` for a row that the shard does not hold."""
@@ -148,6 +150,7 @@ class FeatureStore(Protocol):
         out: Mapping[str, Array],
         *,
         seen: npt.NDArray[np.int64] | None = None,
+        way: Way = "map",
     ) -> npt.NDArray[np.int64]:
         """Copy rows into buffers.
 
@@ -158,9 +161,10 @@ class FeatureStore(Protocol):
             rows: B rows in any order, repeats allowed.
             out: the arrays wanted, by name: C-contiguous [B, ...] in the array's dtype, filled in place.
             seen: int64[B, arrays], what reading the same rows returned before, 0 for what was never read.
-                What was read from the same opening is copied out of memory maps, the fastest way to what is
-                in the page cache; the rest is read from files, the faster way to what is not. By default all
-                is copied out of memory maps.
+                By `map`, what was read from the same opening is copied out of memory maps, the fastest way to
+                what is in the page cache; the rest is read from files, the faster way to what is not. By
+                default all is copied out of memory maps.
+            way: other than `map`, all is read from files: `file` through the page cache, `disk` past it.
 
         Returns:
             int64[B, arrays], the opening that each row of each array, as the backend lists them, came from; 0

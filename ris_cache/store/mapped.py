@@ -1,4 +1,4 @@
-"""Reading rows out of memory maps of the shard files.
+"""Reading rows out of the shard files: out of memory maps, or at the places that the maps tell of.
 
 Axes: S rows per shard, B rows asked for; what follows the row axis is the array's own.
 
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ris_cache.errors import CacheMissError, ShapeError
-from ris_cache.store.layout import ABSENT, Array, Backend, StoredArray
+from ris_cache.store.layout import ABSENT, Array, Backend, StoredArray, Way
 from ris_cache.store.maps import (
     MappedFile,
     ProcessState,
@@ -72,16 +72,20 @@ class MappedReader:
         out: Mapping[str, Array],
         *,
         seen: npt.NDArray[np.int64] | None = None,
+        way: Way = "map",
     ) -> npt.NDArray[np.int64]:
         """Copy rows into buffers.
 
         Args:
             rows: B rows in any order, repeats allowed.
             out: the arrays wanted, by name: C-contiguous [B, ...] in the array's dtype, filled in place.
-            seen: int64[B, arrays], what reading the same rows returned before, 0 for what was never read.
-                What was read from the same opening is copied out of its map, by default all is. A map fetches
-                what is not in memory page by page; reading the file fetches it in one piece, but costs a
-                little more where all is there.
+            seen: int64[B, arrays], what reading the same rows returned before, 0 for what was never read;
+                only `map` looks at it. What was read from the same opening is copied out of its map, by
+                default all is; the rest is read as `file` does.
+            way: `map` copies fastest what is in the page cache, but fetches what is not page by page. `file`
+                fetches that in one piece, and costs a little more where all is there. `disk` takes rows that
+                the page cache holds from there and reads the others past it, leaving nothing in it; rows or
+                buffers not aligned to 4096 bytes it reads as `file` does.
 
         Returns:
             int64[B, arrays], the opening that each row of each array of the backend came from; 0 for arrays
@@ -98,6 +102,7 @@ class MappedReader:
         targets = [self._target(name, buffer, len(numbers)) for name, buffer in out.items()]
         openings = np.zeros((len(numbers), len(self._arrays)), np.int64)
         seen_openings = None if seen is None else seen.tolist()
+        past_page_cache = way == "disk"
         shard_rows = self._backend.shard_rows
         max_held = min(_MAX_HELD, default_max_open() // 8)
         held: dict[tuple[int, str], tuple[MappedFile, npt.NDArray[np.int64]] | None] = {}
@@ -119,8 +124,10 @@ class MappedReader:
                 if offset == ABSENT:
                     raise self._absent(row)
                 openings[position, column] = mapped.opening
-                through_map = seen_openings is None or seen_openings[position][column] == mapped.opening
-                if through_map or not mapped.read(offset, flat[position]):
+                through_map = way == "map" and (
+                    seen_openings is None or seen_openings[position][column] == mapped.opening
+                )
+                if through_map or not mapped.read(offset, flat[position], past_page_cache=past_page_cache):
                     np.copyto(flat[position], mapped.content[offset : offset + flat.shape[1]])
         return openings
 

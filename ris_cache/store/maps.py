@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from ris_cache.errors import CacheError
 from ris_cache.store.layout import ABSENT, Backend, StoredArray
+from ris_cache.store.page_cache import is_in_memory, may_bypass, read_whole
 from ris_cache.store.shard_files import damaged, unreadable
 
 _T = TypeVar("_T")
@@ -62,8 +63,12 @@ class MappedFile:
     opening: int
     last_use: int = 0
 
-    def read(self, offset: int, target: npt.NDArray[np.uint8]) -> bool:
+    def read(self, offset: int, target: npt.NDArray[np.uint8], *, past_page_cache: bool = False) -> bool:
         """Fill `target` from the file instead of the map.
+
+        Args:
+            past_page_cache: read what is not in the page cache whole without bringing it there, where offset,
+                length, memory and file system allow that.
 
         Returns:
             Whether that was possible: not if the path leads to another file by now.
@@ -77,19 +82,21 @@ class MappedFile:
         except OSError:
             return False
         try:
-            if _identity(os.fstat(descriptor)) != self.identity:
+            status = os.fstat(descriptor)
+            if _identity(status) != self.identity:
                 return False
-            num_read = 0
-            while num_read < len(target):
-                count = os.preadv(descriptor, [target.data[num_read:]], offset + num_read)
-                if count == 0:
-                    return False
-                num_read += count
-            return True
+            bypasses = past_page_cache and may_bypass(offset, target)
+            if bypasses and self._may_see_pages(status.st_uid):
+                bypasses = not is_in_memory(self.content, offset, offset + len(target))
+            return read_whole(descriptor, target, offset, past_page_cache=bypasses)
         except OSError as error:
             raise unreadable(self.path, error) from error
         finally:
             os.close(descriptor)
+
+    def _may_see_pages(self, owner: int) -> bool:
+        """Whether the kernel tells this process which pages of the file are in memory."""
+        return owner == os.geteuid() or os.access(self.path, os.W_OK, effective_ids=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

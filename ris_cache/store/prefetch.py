@@ -8,13 +8,21 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ris_cache.errors import ConfigError
+from ris_cache.memory import available_memory
 
 if TYPE_CHECKING:
     from ris_cache.store.batch import FeatureBatch
     from ris_cache.store.cache import FeatureCache
+
+PAGE_CACHE_SHARE: Final = 0.5
+"""Largest part of the available memory that features may take to be read through the page cache by default.
+
+Whoever reads the features needs some of it too, and a cache that almost fits is evicted before it is read
+again.
+"""
 
 
 def prefetch(
@@ -25,6 +33,7 @@ def prefetch(
     threads: int,
     read_ahead: int,
     pinned: bool | None,
+    page_cache: bool | None,
 ) -> Iterator[FeatureBatch]:
     """Read batches in order on threads; `FeatureCache.prefetch` says the rest.
 
@@ -39,9 +48,20 @@ def prefetch(
             threads=threads,
             read_ahead=read_ahead,
         )
-    return _prefetch(
-        cache, iter(batches), depth, threads, read_ahead, _has_gpu() if pinned is None else pinned
-    )
+    if pinned is None:
+        pinned = _has_gpu()
+    if page_cache is None:
+        page_cache = fits_page_cache(_feature_bytes(cache), available_memory())
+    return _prefetch(cache, iter(batches), depth, threads, read_ahead, pinned, page_cache)
+
+
+def fits_page_cache(num_bytes: int, available: int) -> bool:
+    """Return whether features of so many bytes should stay in memory once they are read.
+
+    Args:
+        available: bytes that programs and page cache can still take.
+    """
+    return num_bytes <= PAGE_CACHE_SHARE * available
 
 
 def _prefetch(
@@ -51,7 +71,10 @@ def _prefetch(
     threads: int,
     read_ahead: int,
     pinned: bool,
+    page_cache: bool,
 ) -> Iterator[FeatureBatch]:
+    if not page_cache:
+        read_ahead = 0  # it would go to the page cache
     # As many buffers as batches can be alive: `depth` read or being read, and one in the caller's hands.
     free: deque[FeatureBatch | None] = deque([None] * (depth + 1))
     upcoming: deque[Sequence[int]] = deque()
@@ -59,11 +82,12 @@ def _prefetch(
 
     def look_ahead() -> None:
         for batch in itertools.islice(batches, max(0, depth + read_ahead - len(upcoming) - len(reading))):
-            cache.advise(batch)
+            if page_cache:
+                cache.advise(batch)
             upcoming.append(batch)
 
     def read(image_ids: Sequence[int], part: FeatureBatch) -> None:
-        cache.read_into(image_ids, part, through_map=False)
+        cache.read_into(image_ids, part, way="file" if page_cache else "disk")
 
     def start(image_ids: Sequence[int], buffer: FeatureBatch | None) -> _Reading:
         size = len(image_ids)
@@ -103,6 +127,11 @@ class _Reading:
     buffer: FeatureBatch
     size: int
     parts: list[Future[None]]
+
+
+def _feature_bytes(cache: FeatureCache) -> int:
+    """Bytes of all images' features, as stored."""
+    return len(cache) * sum(array.row_bytes for array in cache.manifest.stored_arrays())
 
 
 def _has_gpu() -> bool:

@@ -55,7 +55,7 @@ class MemoryStore:
             for i, position in enumerate(positions)
         }
 
-    def read_rows(self, rows: Any, out: Mapping[str, Array], *, seen: Any = None) -> Any:
+    def read_rows(self, rows: Any, out: Mapping[str, Array], *, seen: Any = None, way: Any = "map") -> Any:
         known = {array.name: array for array in ARRAYS}
         for name, buffer in out.items():
             if name not in known:

@@ -11,6 +11,7 @@ import torch
 
 from ris_cache.store.batch import FeatureBatch
 from ris_cache.store.cache import FeatureCache
+from ris_cache.store.layout import StoredArray
 
 pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
@@ -99,6 +100,40 @@ def test_buffers_have_the_stored_shapes_and_dtypes(any_drawing: Any) -> None:
         assert buffer.flags.c_contiguous
         assert buffer.flags.writeable
     assert buffers.image_ids.dtype == np.int64
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 3, 7])
+def test_buffers_lie_where_the_disk_can_write_into_them(num_images: int) -> None:
+    arrays = [
+        StoredArray(name="sam", shape=(256, 64, 64), dtype="float16"),
+        StoredArray(name="clip", shape=(576, 1024), dtype="float16"),
+        StoredArray(name="clip_pooled", shape=(768,), dtype="float16"),
+    ]
+    buffers = FeatureBatch.allocate(arrays, num_images, dtype="float16", pinned=False)
+    for array in buffers.stored.values():
+        assert array.ctypes.data % (2 << 20 if array.nbytes >= 4 << 20 else 4096) == 0
+        assert array.flags.c_contiguous
+        assert not array.any()
+
+
+@pytest.mark.parametrize("offset", [0, 64, 4095])
+def test_pinned_buffers_begin_with_a_page_wherever_their_memory_begins(
+    offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocated = []
+
+    def zeros(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        allocated.append(size)
+        memory = np.zeros(size + 2 * 4096, np.uint8)
+        start = -memory.ctypes.data % 4096 + offset
+        return torch.from_numpy(memory[start : start + size])
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    array = StoredArray(name="sam", shape=(3000,), dtype="float16")
+    sam = FeatureBatch.allocate([array], 2, dtype="float16", pinned=True).sam
+    assert (sam.shape, sam.dtype, sam.ctypes.data % 4096) == ((2, 3000), np.float16, 0)
+    assert allocated == ([12000] if offset == 0 else [12000, 12000 + 4096])
 
 
 @pytest.mark.gpu

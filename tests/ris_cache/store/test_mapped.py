@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from ris_cache.errors import CacheError, CacheMissError, CorruptShardError
 from ris_cache.store import maps
 from ris_cache.store.backends import make_backend
-from ris_cache.store.layout import Backend, StoredArray
+from ris_cache.store.layout import Backend, StoredArray, Way
 from ris_cache.store.mapped import MappedReader
 
 Array = npt.NDArray[Any]
@@ -63,10 +63,10 @@ def make(tmp_path: Path) -> Callable[[str], Backend]:
     return make
 
 
-def read(reader: MappedReader, row: int, name: str = "pooled") -> Array:
+def read(reader: MappedReader, row: int, name: str = "pooled", way: Way = "map") -> Array:
     (array,) = (array for array in ARRAYS if array.name == name)
     out = np.zeros((1, *array.shape), array.dtype)
-    reader.read_rows([row], {name: out})
+    reader.read_rows([row], {name: out}, way=way)
     return out[0]
 
 
@@ -265,9 +265,10 @@ def test_a_thread_that_opens_a_file_keeps_no_other_from_reading(
     assert reader.num_open == 3
 
 
+@pytest.mark.parametrize("way", get_args(Way))
 @pytest.mark.parametrize("kind", ["zarr", "hdf5"])
 def test_a_file_cut_short_under_its_map_is_an_error_and_not_the_end_of_the_process(
-    make: Callable[[str], Backend], kind: str
+    make: Callable[[str], Backend], kind: str, way: Way
 ) -> None:
     reader = MappedReader(make(kind))
     read_all(reader, [0, 4])
@@ -275,7 +276,7 @@ def test_a_file_cut_short_under_its_map_is_an_error_and_not_the_end_of_the_proce
     content = path.read_bytes()
     os.truncate(path, 100)
     with pytest.raises(CorruptShardError):
-        read(reader, 4, "sam")
+        read(reader, 4, "sam", way)
     np.testing.assert_array_equal(read(reader, 0, "sam"), features(0)["sam"][0])
     path.write_bytes(content)
     np.testing.assert_array_equal(read(reader, 4, "sam"), features(1)["sam"][0])

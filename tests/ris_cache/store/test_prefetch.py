@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from ris_cache.errors import CacheMissError, ConfigError, CorruptShardError
 from ris_cache.store.batch import FeatureBatch
 from ris_cache.store.cache import FeatureCache
+from ris_cache.store.layout import Way
+from ris_cache.store.prefetch import PAGE_CACHE_SHARE, fits_page_cache
 
 pytestmark = [
     pytest.mark.usefixtures("no_waiting_for_the_disk", "threads_end"),
@@ -53,6 +55,7 @@ class Recorded:
         self.read: list[tuple[int, ...]] = []
         self.advised: list[tuple[int, ...]] = []
         self.reading_at_once: list[int] = []
+        self.ways: set[Way] = set()
         self._now = 0
         self._lock = threading.Lock()
         real_allocate, real_read = FeatureCache.allocate, FeatureCache.read_into
@@ -63,16 +66,16 @@ class Recorded:
             return real_allocate(cache, batch_size, pinned=pinned)
 
         def read(
-            cache: FeatureCache, ids: Sequence[int], out: FeatureBatch | None, *, through_map: bool
+            cache: FeatureCache, ids: Sequence[int], out: FeatureBatch | None, *, way: Way
         ) -> FeatureBatch:
-            assert not through_map
+            self.ways.add(way)
             with self._lock:
                 self._now += 1
                 self.reading_at_once.append(self._now)
             time.sleep(0.002)
             try:
                 self.read.append(tuple(ids))
-                return real_read(cache, ids, out, through_map=through_map)
+                return real_read(cache, ids, out, way=way)
             finally:
                 with self._lock:
                     self._now -= 1
@@ -87,13 +90,16 @@ class Recorded:
     depth=st.integers(1, 4),
     threads=st.integers(1, 3),
     read_ahead=st.integers(0, 3),
+    page_cache=st.sampled_from([None, True, False]),
 )
 @settings(max_examples=40, deadline=None)
 def test_batches_are_those_of_reading_in_order(
-    root: Path, batches: list[list[int]], depth: int, threads: int, read_ahead: int
+    root: Path, batches: list[list[int]], depth: int, threads: int, read_ahead: int, page_cache: bool | None
 ) -> None:
     cache = FeatureCache.open(root)
-    found = cache.prefetch(batches, depth=depth, threads=threads, read_ahead=read_ahead)
+    found = cache.prefetch(
+        batches, depth=depth, threads=threads, read_ahead=read_ahead, page_cache=page_cache
+    )
     for image_ids, batch in itertools.zip_longest(batches, found):
         require_same(cache, batch, image_ids)
 
@@ -150,6 +156,46 @@ def test_the_disk_is_asked_in_advance_and_no_further_than_said(
     assert recorded.advised == [(number,) for number in range(6)]
     batches.close()  # type: ignore[attr-defined]
     assert len(recorded.read) <= 3
+
+
+@pytest.mark.parametrize("page_cache", [True, False])
+def test_past_the_page_cache_nothing_is_asked_for_in_advance(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch, page_cache: bool
+) -> None:
+    recorded = Recorded(cache, monkeypatch)
+    taken = itertools.count()
+    batches = cache.prefetch(([next(taken)] for _ in range(9)), depth=2, read_ahead=3, page_cache=page_cache)
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert recorded.ways == {"file" if page_cache else "disk"}
+    assert len(recorded.advised) == (5 if page_cache else 0)
+    assert next(taken) == (5 if page_cache else 2)
+
+
+@pytest.mark.parametrize(("factor", "way"), [(0.99, "disk"), (1.01, "file")])
+def test_by_default_a_cache_that_does_not_fit_in_memory_is_read_past_the_page_cache(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch, factor: float, way: Way
+) -> None:
+    recorded = Recorded(cache, monkeypatch)
+    num_bytes = 20 * 2 * (2 * 3 * 3 + 4 * 2 + 5)
+    asked = []
+
+    def available_memory() -> int:
+        asked.append(None)
+        return round(num_bytes / PAGE_CACHE_SHARE * factor)
+
+    monkeypatch.setattr("ris_cache.store.prefetch.available_memory", available_memory)
+    for _ in cache.prefetch([[1], [2], [3]]):
+        pass
+    assert recorded.ways == {way}
+    assert len(asked) == 1
+
+
+def test_features_that_take_up_to_half_of_the_available_memory_stay_in_it() -> None:
+    cases = [(50, 100, True), (51, 100, False), (0, 0, True), (1, 0, False)]
+    assert [fits_page_cache(num_bytes, available) for num_bytes, available, _ in cases] == [
+        fits for *_, fits in cases
+    ]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
