@@ -1,7 +1,7 @@
 """Public dataset files turned into one typed form.
 
 Re-exported here is what costs next to nothing to import. The loaders need numpy and pycocotools and are
-imported from their modules, for example `ris_cache.datasets.refer`.
+imported from their modules, for example `ris_cache.datasets.load`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ris_cache.datasets.records import (
     Rle,
     Segmentation,
 )
-from ris_cache.datasets.selection import REFER_DATASETS, Selection, parse_selections, select_split
+from ris_cache.datasets.selection import PUBLISHED_DATASETS, Selection, parse_selections, select_split
 
 __all__ = [
-    "REFER_DATASETS",
+    "PUBLISHED_DATASETS",
     "Category",
     "ExpressionRecord",
     "ImageRecord",

@@ -7,6 +7,7 @@ Coordinates are original-frame pixels; sizes are (height, width). `category_id` 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,17 +31,23 @@ Segmentation = Polygons | Rle
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageRecord:
-    """One image as its annotation file describes it; `height` and `width` must equal the decoded file's."""
+    """One image as its annotation file describes it; `height` and `width` must equal the decoded file's.
+
+    Attributes:
+        file_name: as `ImageRoots.path_of` takes it: a plain name, or `custom/…` for a custom dataset's.
+        namespace: whose ids `image_id` is one of: coco, or `custom/<name>`.
+    """
 
     image_id: int
     file_name: str
     height: int
     width: int
+    namespace: str = "coco"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InstanceRecord:
-    """One annotated object."""
+    """One annotated object; `category_id` is -1 for an object of a custom dataset that names none."""
 
     ann_id: int
     image_id: int
@@ -58,7 +65,7 @@ class ExpressionRecord:
         raw: the text as the annotator typed it.
         sent: the cleaned text.
         ann_ids: target instances; empty when the expression refers to nothing.
-        category_ids: raw COCO category of each entry of `ann_ids`.
+        category_ids: raw COCO category of each entry of `ann_ids`; empty if none is annotated.
         is_degenerate: targets exist but none of their polygons encloses anything; the mask is empty.
     """
 
@@ -78,6 +85,13 @@ class ExpressionRecord:
         """Whether the expression is annotated as referring to nothing."""
         return not self.ann_ids
 
+    @property
+    def target_kind(self) -> Literal["none", "one", "many"]:
+        """How many objects the expression refers to."""
+        if not self.ann_ids:
+            return "none"
+        return "one" if len(self.ann_ids) == 1 else "many"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Category:
@@ -92,8 +106,8 @@ class ReferringDataset:
     """A whole dataset of one `split_by`, all splits together, in the order of its file.
 
     Attributes:
-        name: refcoco, refcoco+, refcocog, …
-        split_by: who made the splits: unc, google, umd.
+        name: refcoco, refcoco+, refcocog, grefcoco, ref-zom or custom.
+        split_by: who made the splits: unc, google, umd, final; for custom the name of its file.
         images: by image_id; every image that an expression refers to.
         instances: by ann_id; every instance of those images.
         expressions: file order of refs, then order of sentences within the ref.

@@ -22,6 +22,7 @@ from ris_cache.datasets.records import Polygons, Rle, Segmentation
 from ris_cache.errors import DataError
 
 Mask = npt.NDArray[np.bool_]
+PartCount = npt.NDArray[np.uint16]
 
 _MIN_COORDINATES: Final = 6
 _MAX_GROUPS: Final = 8
@@ -72,13 +73,7 @@ def rasterise(segmentation: Segmentation, *, frame_size: tuple[int, int], grid_s
         return _resize_nearest(_decode(segmentation, frame_size), grid_size)
     if not segmentation:
         return np.zeros(grid_size, dtype=np.bool_)
-    scale = np.array([grid_size[1] / frame_size[1], grid_size[0] / frame_size[0]])
-    scaled = []
-    for polygon in segmentation:
-        if not _is_drawable(_checked_polygon(polygon, frame_size)):
-            raise _malformed("has a polygon of fewer than three points or with half a point", len(polygon))
-        scaled.append((np.asarray(polygon, dtype=np.float64).reshape(-1, 2) * scale).ravel().tolist())
-    drawn = coco_mask.merge(coco_mask.frPyObjects(scaled, *grid_size))["counts"].decode("ascii")
+    drawn = coco_mask.merge(_draw_parts(segmentation, frame_size, grid_size))["counts"].decode("ascii")
     return np.ascontiguousarray(_fill(_run_lengths(drawn, grid_size), grid_size))
 
 
@@ -99,6 +94,57 @@ def union_mask(
     for segmentation in segmentations:
         mask |= rasterise(segmentation, frame_size=frame_size, grid_size=grid_size)
     return mask
+
+
+def part_count(
+    segmentations: Iterable[Segmentation], *, frame_size: tuple[int, int], grid_size: tuple[int, int]
+) -> PartCount:
+    """Count how many parts, of all the segmentations together, cover each pixel; 0 for none.
+
+    Each polygon is a part, and so is each RLE: what overlapped before it was encoded is one part now. Some
+    evaluators take only pixels with a count of exactly one for foreground; `part_count(…) > 0` is
+    `union_mask(…)`.
+
+    Args:
+        frame_size: (H, W) of the original frame.
+        grid_size: (h, w) of the result.
+    Returns:
+        uint16[h, w].
+    Raises:
+        DataError: as `rasterise`.
+    """
+    # One added where a run of foreground begins and taken away behind its end: one sum then counts all parts.
+    steps = np.zeros(grid_size[0] * grid_size[1] + 1, dtype=np.int32)
+    boxed = np.zeros(grid_size, dtype=np.int32)
+    for segmentation in segmentations:
+        if isinstance(segmentation, Rle):
+            boxed += rasterise(segmentation, frame_size=frame_size, grid_size=grid_size)
+            continue
+        for part in _draw_parts(segmentation, frame_size, grid_size) if segmentation else ():
+            borders = np.cumsum(_run_lengths(part["counts"].decode("ascii"), grid_size))
+            np.add.at(steps, borders[:-1:2], 1)
+            np.add.at(steps, borders[1::2], -1)
+    drawn = np.cumsum(steps[:-1], dtype=np.int32).reshape(grid_size[1], grid_size[0]).T
+    return np.ascontiguousarray((drawn + boxed).clip(max=np.iinfo(np.uint16).max).astype(np.uint16))
+
+
+def resize_nearest(mask: Mask, grid_size: tuple[int, int]) -> Mask:
+    """Resize a mask exactly as Pillow's NEAREST does, rounding included.
+
+    Pillow adds up positions in float64, and the sum decides where a grid pixel's centre falls between two
+    frame pixels. `rasterise` resizes an RLE in whole numbers instead; the two differ only at such ties.
+
+    Args:
+        mask: bool[H, W].
+        grid_size: (h, w) of the result.
+    Returns:
+        bool[h, w].
+    """
+    rows, columns = (
+        _summed_positions(source, target) for source, target in zip(mask.shape, grid_size, strict=True)
+    )
+    resized: Mask = np.ascontiguousarray(mask[np.ix_(rows, columns)])
+    return resized
 
 
 def to_json(segmentation: Segmentation) -> str:
@@ -150,6 +196,20 @@ def _malformed(what: str, found: object, **facts: object) -> DataError:
 
 
 # Polygons.
+
+
+def _draw_parts(
+    polygons: Polygons, frame_size: tuple[int, int], grid_size: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """Scale each polygon to the grid and draw it there: one compressed RLE of pycocotools' for each."""
+    scale = np.array([grid_size[1] / frame_size[1], grid_size[0] / frame_size[0]])
+    scaled = []
+    for polygon in polygons:
+        if not _is_drawable(_checked_polygon(polygon, frame_size)):
+            raise _malformed("has a polygon of fewer than three points or with half a point", len(polygon))
+        scaled.append((np.asarray(polygon, dtype=np.float64).reshape(-1, 2) * scale).ravel().tolist())
+    drawn: list[dict[str, Any]] = coco_mask.frPyObjects(scaled, *grid_size)
+    return drawn
 
 
 def _is_drawable(polygon: Sequence[float]) -> bool:
@@ -278,3 +338,10 @@ def _resize_nearest(mask: Mask, grid_size: tuple[int, int]) -> Mask:
     )
     resized: Mask = np.ascontiguousarray(mask[np.ix_(rows, columns)])
     return resized
+
+
+def _summed_positions(source: int, target: int) -> npt.NDArray[np.intp]:
+    """Frame pixel of each grid pixel along one axis: half a step, then one more step each time."""
+    steps = np.full(target, source / target)
+    steps[0] /= 2
+    return np.add.accumulate(steps).astype(np.intp)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from ris_cache.datasets import Selection
-from ris_cache.datasets.refer import load_refer
+from ris_cache.datasets.load import load_dataset
 from ris_cache.encoders.frozen import FrozenEncoders
 from ris_cache.errors import (
     CacheMissError,
@@ -185,8 +185,7 @@ def find_lost(
     """Say which tables, category sets and heads are to be made again, and load the annotations for it.
 
     Args:
-        data_root: holds `<dataset>/refs(<split_by>).p`, `<dataset>/instances.json` and the images; looked at
-            only where they are needed.
+        data_root: holds a folder for each dataset and the images; looked at only where they are needed.
     """
     damaged = {found.path for found in findings if found.is_repairable and found.kind != "features"}
     categories: dict[str, LostCategories] = {}
@@ -292,7 +291,7 @@ def _find_categories(
         )
     for table_name, entry in manifest.datasets.items():
         if entry.category_set == name:
-            dataset = load_refer(data_root, *_dataset_of(table_name))
+            dataset = load_dataset(data_root, *_dataset_of(table_name))
             names = {category.category_id: category.name for category in dataset.categories}
             return LostCategories(names=names, embeddings=embeddings)
     raise DataError(f"No dataset of the cache uses the category set {name!r}, so its names are lost.")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ris_cache.datasets import ExpressionRecord, ImageRecord, ImageRoots, ReferringDataset, Selection
-from ris_cache.datasets.refer import load_refer
+from ris_cache.datasets.load import load_dataset
 from ris_cache.datasets.selection import select_split
 from ris_cache.errors import DataError
 from ris_cache.store.files import sha256_file
@@ -63,7 +63,7 @@ class Sources:
         for image_id, record in self.images.items():
             image = known.get(image_id)
             if image is not None:
-                require_same_image(image, record, "coco", cache_root)
+                require_same_image(image, record, record.namespace, cache_root)
             if image is None or (image.is_quarantined and self._has_changed(image)):
                 wanted.append(
                     NewImage(
@@ -71,6 +71,7 @@ class Sources:
                         file_name=record.file_name,
                         height=record.height,
                         width=record.width,
+                        namespace=record.namespace,
                     )
                 )
         return wanted
@@ -110,21 +111,17 @@ def load_sources(selections: Sequence[Selection], data_root: Path, *, limit: int
     """Load the annotations of each dataset once and find the images.
 
     Args:
-        data_root: holds `<dataset>/refs(<split_by>).p`, `<dataset>/instances.json` and the images.
+        data_root: holds a folder for each dataset and the images.
         limit: take the first so many images only, in order of the expressions.
 
     Raises:
-        DataError: annotations that are missing or contradict each other, or none of the images is there.
+        DataError: annotations that are missing or contradict each other, also those of two datasets on one
+            image; or none of the images is there.
     """
     parts = _load_parts(selections, data_root)
     if limit is not None:
         parts = list(_limited(parts, limit))
-    images = {
-        expression.image_id: part.dataset.images[expression.image_id]
-        for part in parts
-        for expression in part.expressions
-    }
-    images = {image_id: images[image_id] for image_id in sorted(images)}
+    images = _images(parts)
     roots = ImageRoots(data_root)
     paths = {image_id: roots.path_of(record.file_name) for image_id, record in images.items()}
     if images and not any(paths.values()):
@@ -137,13 +134,31 @@ def _load_parts(selections: Sequence[Selection], data_root: Path) -> list[Part]:
     for selection in selections:
         name = selection.table_name
         known = parts.get(name)
-        dataset = known.dataset if known else load_refer(data_root, selection.dataset, selection.split_by)
+        dataset = known.dataset if known else load_dataset(data_root, selection.dataset, selection.split_by)
         chosen = dataset.expressions if selection.split is None else select_split(dataset, selection.split)
         if known:
             splits = {expression.split for expression in (*known.expressions, *chosen)}
             chosen = tuple(expression for expression in dataset.expressions if expression.split in splits)
         parts[name] = Part(table_name=name, dataset=dataset, expressions=chosen)
     return list(parts.values())
+
+
+def _images(parts: Sequence[Part]) -> dict[int, ImageRecord]:
+    """Return the images of the expressions by ascending image_id."""
+    images: dict[int, ImageRecord] = {}
+    for part in parts:
+        for image_id in dict.fromkeys(expression.image_id for expression in part.expressions):
+            record = part.dataset.images[image_id]
+            known = images.setdefault(image_id, record)
+            if known != record:
+                raise DataError(
+                    f"Image {image_id} is {record} in {part.table_name}, but {known} in another of the "
+                    "selected datasets. Check that their annotation files belong together.",
+                    image_id=image_id,
+                    expected=known,
+                    found=record,
+                )
+    return dict(sorted(images.items()))
 
 
 def _limited(parts: Sequence[Part], limit: int) -> Iterator[Part]:

@@ -115,6 +115,58 @@ def test_folders_and_dangling_links_are_no_images_but_links_to_files_are(tmp_pat
     assert roots.path_of("linked.jpg") == directory / "linked.jpg"
 
 
+def test_custom_images_lie_below_the_custom_folder_under_their_path(tmp_path: Path) -> None:
+    roots = ImageRoots(tmp_path)
+    path = put(tmp_path, "custom/birds", "1.jpg")
+    put(tmp_path, "train2014", "2.jpg")
+    assert roots.path_of("custom/birds/1.jpg") == path
+    assert roots.path_of("custom/birds/2.jpg") is None
+    assert roots.path_of("custom/birds") is None
+    assert roots.path_of("1.jpg") is None
+    assert roots.resolve([record(5, "custom/birds/1.jpg"), record(6, "2.jpg")])[5] == path
+
+
+@pytest.mark.parametrize(
+    "file_name",
+    [
+        "custom/",
+        "custom/../secret.jpg",
+        "custom/birds/../../secret.jpg",
+        "custom//etc/passwd",
+        "custom/./a.jpg",
+        "custom/a\\b.jpg",
+        "custom/out/secret.jpg",
+        "custom/linked.jpg",
+        "custom/dangling.jpg",
+    ],
+)
+def test_a_custom_path_out_of_its_folder_is_refused(tmp_path: Path, file_name: str) -> None:
+    secret = put(tmp_path, ".", "secret.jpg")
+    (tmp_path / "custom").mkdir()
+    (tmp_path / "custom/out").symlink_to(tmp_path)
+    (tmp_path / "custom/linked.jpg").symlink_to(secret)
+    (tmp_path / "custom/dangling.jpg").symlink_to(tmp_path / "gone.jpg")
+    with pytest.raises(DataError, match="is not one below") as caught:
+        ImageRoots(tmp_path).path_of(file_name)
+    assert f"custom/{caught.value.facts['path']}" == file_name
+
+
+def test_a_custom_path_that_cannot_be_followed_is_a_data_error(tmp_path: Path) -> None:
+    (tmp_path / "custom").mkdir()
+    (tmp_path / "custom/loop").symlink_to(tmp_path / "custom/loop")
+    for name in ("custom/loop", f"custom/{'x' * 5000}", "custom/a\0b"):
+        with pytest.raises(DataError, match="cannot be followed"):
+            ImageRoots(tmp_path).path_of(name)
+
+
+def test_missing_custom_images_are_told_apart_from_cocos(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="Put them where the dataset's file says") as caught:
+        ImageRoots(tmp_path).resolve([record(1, "custom/a.jpg")])
+    assert caught.value.facts["directories"] == (tmp_path / "custom",)
+    with pytest.raises(DataError, match=r"Unpack COCO's train2014\.zip"):
+        ImageRoots(tmp_path).resolve([record(1, "custom/a.jpg"), record(2, TRAIN)])
+
+
 def test_each_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = [record(i, f"{i}.jpg") for i in range(50)]
     for image in images:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 
 from ris_cache.datasets.records import ExpressionRecord, ReferringDataset
 from ris_cache.datasets.selection import (
-    REFER_DATASETS,
-    SPLITS,
+    PUBLISHED_DATASETS,
+    REFER_SPLITS,
+    SPLIT_NAMES,
     Selection,
     matching_splits,
     parse_selections,
@@ -20,8 +22,10 @@ from ris_cache.datasets.selection import (
 )
 from ris_cache.errors import ConfigError
 
+FREE_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
-def dataset_of(*splits: str) -> ReferringDataset:
+
+def dataset_of(*splits: str, name: str = "refcoco", split_by: str = "unc") -> ReferringDataset:
     """One expression per split label, with sent_id counting up."""
     expressions = tuple(
         ExpressionRecord(
@@ -39,8 +43,8 @@ def dataset_of(*splits: str) -> ReferringDataset:
         for sent_id, split in enumerate(splits)
     )
     return ReferringDataset(
-        name="refcoco",
-        split_by="unc",
+        name=name,
+        split_by=split_by,
         images={},
         instances={},
         expressions=expressions,
@@ -62,8 +66,21 @@ def dataset_of(*splits: str) -> ReferringDataset:
             "refcoco:testA, refcoco+ ,refcocog/google:val",
             [("refcoco", "unc", "testA"), ("refcoco+", "unc", None), ("refcocog", "google", "val")],
         ),
-        ("all", [("refcoco", "unc", None), ("refcoco+", "unc", None), ("refcocog", "umd", None)]),
-        ("refcocog,all", [("refcocog", "umd", None), ("refcoco", "unc", None), ("refcoco+", "unc", None)]),
+        ("grefcoco:testB", [("grefcoco", "unc", "testB")]),
+        ("ref-zom,ref-zom/final:test", [("ref-zom", "final", None), ("ref-zom", "final", "test")]),
+        ("custom/birds", [("custom", "birds", None)]),
+        ("custom/My-birds_2:test-7", [("custom", "My-birds_2", "test-7")]),
+        ("all", [(name, split_bys[0], None) for name, split_bys in PUBLISHED_DATASETS.items()]),
+        (
+            "refcocog,all",
+            [
+                ("refcocog", "umd", None),
+                ("refcoco", "unc", None),
+                ("refcoco+", "unc", None),
+                ("grefcoco", "unc", None),
+                ("ref-zom", "final", None),
+            ],
+        ),
         ("refcoco,refcoco,refcoco/unc", [("refcoco", "unc", None)]),
     ],
 )
@@ -73,13 +90,19 @@ def test_selections_parse(text: str, expected: list[tuple[str, str, str | None]]
 
 @given(
     st.lists(
-        st.sampled_from(sorted(REFER_DATASETS)).flatmap(
+        st.sampled_from(sorted(PUBLISHED_DATASETS)).flatmap(
             lambda dataset: st.builds(
                 Selection,
                 dataset=st.just(dataset),
-                split_by=st.sampled_from(REFER_DATASETS[dataset]),
-                split=st.none() | st.sampled_from(SPLITS),
+                split_by=st.sampled_from(PUBLISHED_DATASETS[dataset]),
+                split=st.none() | st.sampled_from(SPLIT_NAMES[dataset]),
             )
+        )
+        | st.builds(
+            Selection,
+            dataset=st.just("custom"),
+            split_by=st.from_regex(FREE_NAME, fullmatch=True),
+            split=st.none() | st.from_regex(FREE_NAME, fullmatch=True),
         ),
         min_size=1,
         unique=True,
@@ -91,10 +114,14 @@ def test_what_is_written_out_in_full_parses_back(selections: list[Selection]) ->
 
 
 def test_tables_are_named_by_dataset_and_split_by() -> None:
-    assert [s.table_name for s in parse_selections("refcoco:val,refcoco+,refcocog")] == [
+    assert [s.table_name for s in parse_selections("refcoco:val,all,custom/birds")] == [
+        "refcoco.unc",
         "refcoco.unc",
         "refcoco+.unc",
         "refcocog.umd",
+        "grefcoco.unc",
+        "ref-zom.final",
+        "custom.birds",
     ]
 
 
@@ -103,15 +130,30 @@ def test_tables_are_named_by_dataset_and_split_by() -> None:
     [
         ("recoco", "Unknown dataset 'recoco'.*known: refcoco, refcoco[+], refcocog.*Did you mean 'refcoco'?"),
         ("RefCOCOg", "Did you mean 'refcocog'?"),
-        ("grefcocoo:val", "Unknown dataset"),
+        ("grefcocoo:val", "Unknown dataset.*Did you mean 'grefcoco'?"),
+        ("refzom", "Did you mean 'ref-zom'?"),
+        ("grefcoco/umd", "Unknown split_by of grefcoco 'umd'"),
+        ("grefcoco:test", "Unknown split of grefcoco 'test'.*known: train, val, testA, testB[.]"),
+        ("ref-zom:val", "Unknown split of ref-zom 'val'.*known: train, test[.]"),
+        ("custom", "names no file. Write custom/<name>"),
+        ("custom:train", "names no file"),
+        ("custom/", "'' cannot be the name of a custom dataset"),
+        ("custom/../birds", "'../birds' cannot be the name of a custom dataset"),
+        ("custom/birds.v2", "cannot be the name of a custom dataset"),
+        ("custom/birds:", "'' cannot be the name of a split"),
+        ("custom/birds:a b", "'a b' cannot be the name of a split"),
+        ("custom/vögel", "ASCII letters"),
         ("refcoco/umd", "Unknown split_by of refcoco 'umd'.*known: unc, google"),
         ("refcocog/gogle", "Did you mean 'google'?"),
         ("refcoco+/google", "known: unc[.]"),
         ("refcoco/", "Unknown split_by of refcoco ''"),
-        ("refcoco:", "Unknown split ''"),
-        ("refcoco:valid", "Unknown split 'valid'.*known: train, val, test, testA, testB, testC.*mean 'val'?"),
+        ("refcoco:", "Unknown split of refcoco ''"),
+        (
+            "refcoco:valid",
+            "Unknown split of refcoco 'valid'.*known: train, val, test, testA, testB, testC.*mean 'val'?",
+        ),
         ("refcoco:testa", "Did you mean 'testA'?"),
-        ("refcoco:val:test", "Unknown split 'val:test'"),
+        ("refcoco:val:test", "Unknown split of refcoco 'val:test'"),
         ("all:val", "Unknown dataset 'all'"),
         ("", "empty entry"),
         ("refcoco,,refcocog", "empty entry"),
@@ -121,7 +163,7 @@ def test_tables_are_named_by_dataset_and_split_by() -> None:
 def test_what_is_unknown_lists_what_is_known(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         parse_selections(text)
-    assert str(caught.value.facts["selection"]) in text
+    assert str(caught.value.facts.get("selection", "")) in text
     assert caught.value.exit_code == 2
 
 
@@ -141,7 +183,18 @@ def test_splits_follow_the_rules_of_the_refer_api(split: str, expected: list[int
     assert [e.sent_id for e in select_split(dataset, split)] == expected
 
 
-@given(st.sampled_from(SPLITS), st.lists(st.text("ABCtestrainvl", max_size=6)))
+def test_grefcoco_and_custom_splits_are_taken_by_equality() -> None:
+    labels = ("train", "testA", "testAB", "my-test")
+    for name in ("grefcoco", "custom"):
+        dataset = dataset_of(*labels, name=name)
+        assert [e.sent_id for e in select_split(dataset, "testA")] == [1]
+        with pytest.raises(ConfigError, match="no split 'test'"):
+            select_split(dataset, "test")
+    assert [e.sent_id for e in select_split(dataset_of(*labels, name="custom"), "my-test")] == [3]
+    assert [e.sent_id for e in select_split(dataset_of(*labels, name="ref-zom"), "test")] == [1, 2, 3]
+
+
+@given(st.sampled_from(REFER_SPLITS), st.lists(st.text("ABCtestrainvl", max_size=6)))
 def test_matching_splits_equals_the_rule_spelled_out(split: str, labels: list[str]) -> None:
     def belongs(label: str) -> bool:
         if split in ("testA", "testB", "testC"):

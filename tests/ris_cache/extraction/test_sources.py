@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ris_cache.datasets import parse_selections
 from ris_cache.errors import DataError
@@ -169,3 +171,46 @@ def test_a_data_root_without_any_of_the_images_is_refused(data, tmp_path):
 def test_a_data_root_without_the_annotations_is_refused(tmp_path):
     with pytest.raises(DataError, match="refs"):
         load(tmp_path, "refcoco:val")
+
+
+def write_custom(data: Path, *lines: dict[str, object]) -> None:
+    """Write `custom/birds.jsonl` over one drawn image, 1.png."""
+    (data / "custom").mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 6)).save(data / "custom/1.png")
+    common = {"image": "1.png", "expression": "a bird", "split": "dawn"}
+    (data / "custom/birds.jsonl").write_text("\n".join(json.dumps(common | line) for line in lines))
+
+
+def test_custom_images_keep_a_namespace_of_their_own(data, tmp_path):
+    own = Path(shutil.copytree(data, tmp_path / "data"))
+    write_custom(own, {}, {"split": "dusk"})
+    sources = load(own, "custom/birds:dawn,refcoco:val")
+
+    assert [part.table_name for part in sources.parts] == ["custom.birds", "refcoco.unc"]
+    assert len(sources.images) == 1 + 8
+    custom_id = max(sources.images)
+    assert sources.paths[custom_id] == own / "custom/1.png"
+    wanted = {image.image_id: image for image in sources.needing_features({}, tmp_path)}
+    assert (wanted[custom_id].namespace, wanted[custom_id].file_name) == ("custom/birds", "custom/1.png")
+    assert {image.namespace for i, image in wanted.items() if i != custom_id} == {"coco"}
+    cached = known(sources, custom_id, namespace="custom/birds")
+    assert custom_id not in {
+        image.image_id for image in sources.needing_features({custom_id: cached}, tmp_path)
+    }
+    with pytest.raises(DataError, match=f"Image {custom_id} is"):
+        sources.needing_features({custom_id: known(sources, custom_id)}, tmp_path)
+
+
+def test_an_image_that_two_datasets_describe_differently_is_refused(data, tmp_path):
+    own = Path(shutil.copytree(data, tmp_path / "data"))
+    shutil.copytree(own / "refcoco", own / "refcocog")
+    (own / "refcocog/refs(unc).p").rename(own / "refcocog/refs(umd).p")
+    assert len(load(own, "refcoco:val,refcocog:val").images) == 8
+    path = own / "refcocog/instances.json"
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image["file_name"] = "other.jpg"
+    path.write_text(json.dumps(content))
+
+    with pytest.raises(DataError, match=r"in refcocog.umd, but .* in another of the selected datasets"):
+        load(own, "refcoco:val,refcocog:val")
