@@ -1,6 +1,6 @@
 """Compose one image of the drawn dataset: its scene, the objects referred to, and what is said of them.
 
-Everything follows from (seed, dataset name, split, index), so an image does not depend on how many others
+Everything follows from (seed, pool, split, index), so an image does not depend on how many others
 are drawn. Layout, paint and language each have their own random stream.
 """
 
@@ -19,11 +19,20 @@ from ris_cache.datasets.shapes.scene import Drawing, Scene, lay_out
 
 SPLITS: tuple[str, ...] = ("train", "val", "testA", "testB")
 
+POOLS: dict[str, tuple[str, ...]] = {
+    "refcoco": SPLITS,
+    "refcoco+": SPLITS,
+    "ref-zom": ("train", "test"),
+    "custom": ("train", "val", "test"),
+}
+"""Pool of images → its splits. It is named after the dataset that it is drawn for; others may use it too."""
+
 REFERABLE_SHAPES: dict[str, frozenset[str]] = {
     "train": frozenset(SHAPES),
     "val": frozenset(SHAPES),
     "testA": ROUND_SHAPES,
     "testB": frozenset(SHAPES) - ROUND_SHAPES,
+    "test": frozenset(SHAPES),
 }
 """Split → shapes that its refs point at. As in RefCOCO, testA and testB differ by the kind of referent."""
 
@@ -85,21 +94,22 @@ def compose_image(*, seed: int, name: str, split: str, index: int) -> ComposedIm
 
     Args:
         seed: not negative.
-        name: a key of `KIND_WEIGHTS`.
-        split: one of `SPLITS`.
+        name: one of `POOLS`. It decides the language too, by `KIND_WEIGHTS`; RefCOCO's for names not there.
+        split: one of the pool's.
         index: position within the split, from 0.
     """
-    source = np.random.default_rng((seed, tuple(KIND_WEIGHTS).index(name), SPLITS.index(split), index))
+    source = np.random.default_rng((seed, tuple(POOLS).index(name), POOLS[name].index(split), index))
     layout_rng, paint_rng, language_rng = source.spawn(3)
     referable = REFERABLE_SHAPES[split]
+    weights = KIND_WEIGHTS.get(name, KIND_WEIGHTS["refcoco"])
     while True:
         drawing = lay_out(layout_rng, referable=referable)
-        refs = _refer(language_rng, drawing.scene, referable, KIND_WEIGHTS[name])
+        refs = refer(language_rng, drawing.scene, referable, weights)
         if len(refs) >= 2:
             return ComposedImage(drawing=drawing, picture=paint(drawing, paint_rng), refs=refs)
 
 
-def _refer(
+def refer(
     rng: np.random.Generator, scene: Scene, referable: frozenset[str], weights: dict[Kind, float]
 ) -> tuple[ReferredObject, ...]:
     """Choose two to four objects, each by a kind of expression that fits it; fewer if no more are fit."""
@@ -107,7 +117,7 @@ def _refer(
     refs: list[ReferredObject] = []
     for _ in range(int(rng.integers(2, 5))):
         targets = [eligible[place] for place in rng.permutation(len(eligible))]
-        chosen = _choose(rng, scene, targets, list(weights), weights)
+        chosen = choose(rng, scene, targets, list(weights), weights)
         if chosen is None:
             break
         target, first = chosen
@@ -128,7 +138,7 @@ def _describe(
         sayable = [claim for claim in claims if claims.count(claim) < len(realise(claim))]
         fresh = None
         if not sayable or rng.random() >= RESTATED:
-            fresh = _choose(rng, scene, [target], other_kinds, weights)
+            fresh = choose(rng, scene, [target], other_kinds, weights)
         if fresh is not None:
             claims.append(fresh[1])
         elif sayable:
@@ -139,11 +149,11 @@ def _describe(
         phrases = [phrase for phrase in realise(claim) if phrase not in used]
         assert phrases, "a claim is repeated at most as often as it can be worded"
         sent = phrases[int(rng.integers(len(phrases)))]
-        expressions.append(Expression(constraints=claim, raw=_type_by_hand(rng, sent), sent=sent))
+        expressions.append(Expression(constraints=claim, raw=type_by_hand(rng, sent), sent=sent))
     return tuple(expressions)
 
 
-def _choose(
+def choose(
     rng: np.random.Generator,
     scene: Scene,
     targets: list[int],
@@ -168,7 +178,8 @@ def _choose(
     return None
 
 
-def _type_by_hand(rng: np.random.Generator, sent: str) -> str:
+def type_by_hand(rng: np.random.Generator, sent: str) -> str:
+    """Give cleaned text the look of typed text: now and then capitals, a full stop or a stray space."""
     style = rng.random()
     if style < 0.08:
         return sent.capitalize()

@@ -114,13 +114,13 @@ def matches(constraints: Constraints, scene: Scene, reading: Reading = Reading.P
         Indices into `scene.objects`, ascending. The strict reading's are among the plain one's, and these
         among the loose one's. Empty when a relation's anchor is missing or ambiguous.
     """
-    candidates = _described(scene, constraints.colour, constraints.shape)
+    candidates = described(scene, constraints.colour, constraints.shape)
     if constraints.size:
         return [i for i in candidates if _is_extreme(scene, i, candidates, constraints.size, reading)]
     if constraints.place:
         return [i for i in candidates if _is_at(scene, i, candidates, constraints.place, reading)]
     if constraints.relation:
-        anchors = _described(scene, constraints.relation.colour, constraints.relation.shape)
+        anchors = described(scene, constraints.relation.colour, constraints.relation.shape)
         if len(anchors) != 1:
             return []
         anchor = scene.objects[anchors[0]]
@@ -172,7 +172,8 @@ def _true_relations(scene: Scene, me: SceneObject) -> list[Relation]:
     ]
 
 
-def _described(scene: Scene, colour: str | None, shape: str | None) -> list[int]:
+def described(scene: Scene, colour: str | None, shape: str | None) -> list[int]:
+    """Find the objects of a colour and a shape; None leaves either open."""
     return [
         index
         for index, thing in enumerate(scene.objects)

@@ -1,67 +1,45 @@
-"""Write a drawn dataset in RefCOCO's own files, so that it takes every path that the real one takes.
+"""Draw a referring dataset and write it in the files of a published one, or of several.
 
     <root>/refcoco/refs(unc).p                                   pickled list of refs, plain values only
     <root>/refcoco/instances.json                                COCO instances: every object, referred or not
     <root>/images/train2014/COCO_train2014_<12 digits>.jpg
 
-Image ids start beyond COCO's largest, so a root that holds the real images too loses none of them.
+The other layouts differ in the files, the splits and what is said; see `layouts`. Image ids start beyond
+COCO's largest, so a root that holds the real images too loses none of them.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import pickle
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from ris_cache.datasets.shapes.compose import (
-    KIND_WEIGHTS,
-    SPLITS,
-    ComposedImage,
-    ReferredObject,
-    compose_image,
+from ris_cache.datasets.shapes.compose import KIND_WEIGHTS, POOLS, SPLITS, compose_image
+from ris_cache.datasets.shapes.custom import CustomLayoutWriter
+from ris_cache.datasets.shapes.layouts import (
+    CUSTOM,
+    LAYOUT_NAMES,
+    LAYOUTS,
+    CocoLayoutWriter,
+    LayoutWriter,
+    ShapesSummary,
+    deal_out,
+    mixing,
+    say_single,
+    split_by_place,
 )
-from ris_cache.datasets.shapes.language import KINDS, Kind
-from ris_cache.datasets.shapes.objects import CATEGORY_IDS
-from ris_cache.datasets.shapes.trace import signed_area
+from ris_cache.datasets.shapes.mixture import GREFCOCO_SHARES, Shares
+from ris_cache.datasets.shapes.rows import MAX_IMAGES_PER_SPLIT, Place
 from ris_cache.errors import ConfigError, DataError
 
-MAX_IMAGES_PER_SPLIT = 999_999
+MIXED_LAYOUTS: tuple[str, ...] = ("grefcoco", "ref-zom", CUSTOM)
+"""Layouts that hold expressions of none and of many objects too."""
 
-_IDS_PER_SPLIT = 1_000_000
-_ANNOTATIONS_PER_IMAGE = 10
+LAYOUT_SPLITS: tuple[str, ...] = (*SPLITS, "test")
+"""Splits of all pools: `test` is that of the pools which do not tell testA from testB."""
+
 _JPEG_QUALITY = 92
-_PICKLE_PROTOCOL = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SplitCounts:
-    """How much one split holds; instances count unreferred objects too."""
-
-    images: int
-    instances: int
-    refs: int
-    expressions: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShapesSummary:
-    """What was written.
-
-    Attributes:
-        splits: counts by split, only splits with images.
-        kinds: number of expressions of each kind, over all splits.
-    """
-
-    refs_path: Path
-    instances_path: Path
-    images_dir: Path
-    splits: dict[str, SplitCounts]
-    kinds: dict[Kind, int]
 
 
 def write_shapes_dataset(
@@ -72,7 +50,7 @@ def write_shapes_dataset(
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> ShapesSummary:
-    """Draw a referring dataset of coloured shapes and write it as RefCOCO's files.
+    """Draw a referring dataset of coloured shapes and write it as RefCOCO's files, with images of its own.
 
     As in RefCOCO, testA and testB differ by the kind of referent: testA refers to round shapes (circle,
     heart), testB to the others; train and val to any. Every expression singles out its object with
@@ -81,7 +59,8 @@ def write_shapes_dataset(
 
     Args:
         root: data root; directories are made as needed.
-        name: "refcoco", or "refcoco+" for expressions without location words; one root can hold both.
+        name: "refcoco", or "refcoco+" for expressions without location words; one root can hold both, and
+            they share no image. `write_layouts` writes them over the same images.
         num_images: split → number of images; splits left out are empty.
         seed: not negative.
         progress: called after each image with the number of images written so far.
@@ -90,170 +69,147 @@ def write_shapes_dataset(
         ConfigError: unknown name or split, a negative number, or no image at all.
         DataError: the root holds a dataset of this name already, or is a file.
     """
-    _check_arguments(name, num_images, seed)
+    _require_known("drawn dataset", name, tuple(KIND_WEIGHTS))
+    _check_numbers(num_images, SPLITS, seed)
+    layout = replace(LAYOUTS[name], pool=name, speak=say_single)
+    writer = CocoLayoutWriter(root=root, name=name, layout=layout, seed=seed)
+    (summary,) = _write([writer], root, num_images, seed, progress)
+    return summary
+
+
+def write_layouts(
+    root: Path,
+    layouts: Sequence[str],
+    *,
+    num_images: Mapping[str, int],
+    seed: int,
+    shares: Mapping[str, Mapping[str, Shares]] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[ShapesSummary, ...]:
+    """Draw the scenes once and write them in every layout asked for, all in one data root.
+
+    refcoco, refcoco+ and grefcoco share images and partition, refcocog deals the same images out anew, and
+    ref-zom and custom have their own (see `layouts`). An image of which a layout finds nothing to say is
+    missing from it, as a few of RefCOCO's images are from RefCOCO+. Layouts can be added to a root later,
+    with the same seed; refcocog's partition alone depends on the numbers of images.
+
+    Args:
+        layouts: of `LAYOUT_NAMES`; written in that order, each once.
+        num_images: train, val, testA, testB and test → number of images; `test` is that of ref-zom and
+            custom, which have no testA and testB. refcocog's test has as many as testA and testB together.
+        seed: not negative. refcoco has the bytes of `write_shapes_dataset`.
+        shares: grefcoco, ref-zom or custom → split → shares of expressions without, with one, with many
+            targets; what is left out keeps its default.
+        progress: called after each image with the number of images drawn so far.
+
+    Returns:
+        One summary per refs file, so two for refcocog.
+
+    Raises:
+        ConfigError: no or an unknown layout, an unknown split, a negative number, shares for a layout whose
+            expressions have one target each, or no image for one of the layouts.
+        DataError: the root holds one of the datasets already, images drawn with another seed, or is a file.
+    """
+    shares = shares or {}
+    _check_numbers(num_images, LAYOUT_SPLITS, seed)
+    _check_layouts(layouts, num_images)
+    for name in shares:
+        _require_known("layout with shares", name, MIXED_LAYOUTS)
+    writers: list[LayoutWriter] = []
+    for name in LAYOUT_NAMES:
+        if name not in layouts:
+            continue
+        if name == CUSTOM:
+            writers.append(CustomLayoutWriter(root=root, seed=seed, shares=shares.get(name, {})))
+            continue
+        layout = LAYOUTS[name]
+        if name in shares:
+            defaults = GREFCOCO_SHARES if name == "grefcoco" else {}
+            layout = replace(layout, speak=mixing({**defaults, **shares[name]}))
+        dealt = layout.has_own_partition
+        split_of = deal_out(layout.pool, num_images, seed) if dealt else split_by_place
+        writers.append(CocoLayoutWriter(root=root, name=name, layout=layout, seed=seed, split_of=split_of))
+    return _write(writers, root, num_images, seed, progress)
+
+
+def num_pictures(layouts: Sequence[str], num_images: Mapping[str, int]) -> int:
+    """How many images `write_layouts` draws for these layouts; shared ones count once."""
+    pools = {_pool_of(name) for name in layouts}
+    return sum(num_images.get(split, 0) for pool in pools for split in POOLS[pool])
+
+
+def _pool_of(layout: str) -> str:
+    return CUSTOM if layout == CUSTOM else LAYOUTS[layout].pool
+
+
+def _write(
+    writers: Sequence[LayoutWriter],
+    root: Path,
+    num_images: Mapping[str, int],
+    seed: int,
+    progress: Callable[[int], None] | None,
+) -> tuple[ShapesSummary, ...]:
     if root.exists() and not root.is_dir():
         raise DataError(f"{root} is a file. Name a directory for the dataset, new or existing.", path=root)
-    dataset_dir, images_dir = root / name, root / "images" / "train2014"
-    refs_path, instances_path = dataset_dir / "refs(unc).p", dataset_dir / "instances.json"
-    for path in (refs_path, instances_path):
+    for path in (path for writer in writers for path in writer.annotation_paths):
         if path.exists():
             raise DataError(
                 f"A dataset exists already: {path} is there. Choose another directory, or remove it.",
                 path=path,
             )
-    dataset_dir.mkdir(parents=True, exist_ok=True)
-    images_dir.mkdir(parents=True, exist_ok=True)
-
-    tables = _Tables()
-    for split in SPLITS:
-        for index in range(num_images.get(split, 0)):
-            composed = compose_image(seed=seed, name=name, split=split, index=index)
-            image_id = _image_id(name, split, index)
+    for writer in writers:
+        for path in writer.annotation_paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    num_drawn = 0
+    for pool, splits in POOLS.items():
+        users = [writer for writer in writers if writer.pool == pool]
+        places = [
+            Place(pool=pool, split=split, index=index)
+            for split in splits
+            for index in range(num_images.get(split, 0))
+        ]
+        for place in places if users else ():
+            composed = compose_image(seed=seed, name=pool, split=place.split, index=place.index)
             encoded = io.BytesIO()
             composed.picture.save(encoded, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
-            _replace(images_dir / _image_file_name(image_id), encoded.getvalue())
-            tables.add(composed, split=split, image_id=image_id)
+            for writer in users:
+                writer.add(composed, encoded.getvalue(), place)
+            num_drawn += 1
             if progress is not None:
-                progress(len(tables.images))
-
+                progress(num_drawn)
     # Annotations go last, so that their presence means that every image is there.
-    _replace(instances_path, json.dumps(tables.instances_document(seed)).encode())
-    _replace(refs_path, pickle.dumps(tables.refs, protocol=_PICKLE_PROTOCOL))
-    return ShapesSummary(
-        refs_path=refs_path,
-        instances_path=instances_path,
-        images_dir=images_dir,
-        splits=tables.split_counts(),
-        kinds={kind: tables.kinds[kind] for kind in KINDS},
-    )
+    return tuple(summary for writer in writers for summary in writer.finish())
 
 
-class _Tables:
-    """The rows of both annotation files as they grow, in file order."""
-
-    def __init__(self) -> None:
-        self.images: list[dict[str, Any]] = []
-        self.annotations: list[dict[str, Any]] = []
-        self.refs: list[dict[str, Any]] = []
-        self.kinds: Counter[Kind] = Counter()
-        self._num_sentences = 0
-        self._counts: dict[str, Counter[str]] = {}
-
-    def add(self, composed: ComposedImage, *, split: str, image_id: int) -> None:
-        scene = composed.drawing.scene
-        self.images.append(
-            {
-                "id": image_id,
-                "file_name": _image_file_name(image_id),
-                "height": scene.height,
-                "width": scene.width,
-                "license": 1,
-            }
-        )
-        for index in range(len(scene.objects)):
-            self.annotations.append(_annotation(composed, index, image_id))
-        for ref in composed.refs:
-            self._add_ref(ref, category=scene.objects[ref.object_index].shape, split=split, image_id=image_id)
-        self._counts.setdefault(split, Counter()).update(
-            images=1,
-            instances=len(scene.objects),
-            refs=len(composed.refs),
-            expressions=sum(len(ref.expressions) for ref in composed.refs),
-        )
-
-    def _add_ref(self, ref: ReferredObject, *, category: str, split: str, image_id: int) -> None:
-        sentences = [
-            {
-                "tokens": expression.sent.split(),
-                "raw": expression.raw,
-                "sent_id": self._num_sentences + offset,
-                "sent": expression.sent,
-            }
-            for offset, expression in enumerate(ref.expressions)
-        ]
-        stem = _image_file_name(image_id).removesuffix(".jpg")
-        self.refs.append(
-            {
-                "ref_id": len(self.refs),
-                "ann_id": _ann_id(image_id, ref.object_index),
-                "image_id": image_id,
-                "category_id": CATEGORY_IDS[category],
-                # The real file's names carry an object suffix too, and so name no image on disk.
-                "file_name": f"{stem}_{ref.object_index}.jpg",
-                "split": split,
-                "sent_ids": [sentence["sent_id"] for sentence in sentences],
-                "sentences": sentences,
-            }
-        )
-        self._num_sentences += len(sentences)
-        self.kinds.update(expression.constraints.kind for expression in ref.expressions)
-
-    def split_counts(self) -> dict[str, SplitCounts]:
-        return {split: SplitCounts(**counts) for split, counts in self._counts.items()}
-
-    def instances_document(self, seed: int) -> dict[str, Any]:
-        return {
-            "info": {"description": "Drawn shapes in the format of RefCOCO", "version": "1", "seed": seed},
-            "images": self.images,
-            "licenses": [{"id": 1, "name": "Drawn by ris; no rights reserved", "url": ""}],
-            "annotations": self.annotations,
-            "categories": [
-                {"supercategory": "shape", "id": category_id, "name": shape}
-                for shape, category_id in CATEGORY_IDS.items()
-            ],
-        }
+def _check_layouts(layouts: Sequence[str], num_images: Mapping[str, int]) -> None:
+    if not layouts:
+        raise ConfigError(f"There is no layout to write. Name any of: {', '.join(LAYOUT_NAMES)}.")
+    for name in layouts:
+        _require_known("layout", name, LAYOUT_NAMES)
+        splits = POOLS[_pool_of(name)]
+        if not any(num_images.get(split) for split in splits):
+            raise ConfigError(
+                f"num_images asks for no image of {name}. Its images are those of {', '.join(splits)}; give "
+                "one of them a positive number.",
+                layout=name,
+                num_images=dict(num_images),
+            )
 
 
-def _annotation(composed: ComposedImage, index: int, image_id: int) -> dict[str, Any]:
-    loops = composed.drawing.boundaries[index]
-    columns = [x for loop in loops for x, _ in loop]
-    rows = [y for loop in loops for _, y in loop]
-    left, top = min(columns), min(rows)
-    return {
-        "id": _ann_id(image_id, index),
-        "image_id": image_id,
-        "category_id": CATEGORY_IDS[composed.drawing.scene.objects[index].shape],
-        "segmentation": [[float(value) for point in loop for value in point] for loop in loops],
-        "bbox": [float(left), float(top), float(max(columns) - left), float(max(rows) - top)],
-        "area": sum(signed_area(loop) for loop in loops),
-        "iscrowd": 0,
-    }
-
-
-def _image_id(name: str, split: str, index: int) -> int:
-    block = tuple(KIND_WEIGHTS).index(name) * len(SPLITS) + SPLITS.index(split) + 1
-    return block * _IDS_PER_SPLIT + index
-
-
-def _ann_id(image_id: int, object_index: int) -> int:
-    assert object_index < _ANNOTATIONS_PER_IMAGE
-    return image_id * _ANNOTATIONS_PER_IMAGE + object_index
-
-
-def _image_file_name(image_id: int) -> str:
-    return f"COCO_train2014_{image_id:012d}.jpg"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write to a temporary name, then rename, so that the name never stands for half a file."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
-
-
-def _check_arguments(name: str, num_images: Mapping[str, int], seed: int) -> None:
-    if name not in KIND_WEIGHTS:
+def _require_known(what: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
         raise ConfigError(
-            f"No drawn dataset is called {name!r}. Use one of: {', '.join(KIND_WEIGHTS)}.",
-            name=name,
-            known=tuple(KIND_WEIGHTS),
+            f"No {what} is called {name!r}. Use one of: {', '.join(known)}.", name=name, known=known
         )
-    unknown = sorted(set(num_images) - set(SPLITS))
+
+
+def _check_numbers(num_images: Mapping[str, int], splits: tuple[str, ...], seed: int) -> None:
+    unknown = sorted(set(num_images) - set(splits))
     if unknown:
         raise ConfigError(
-            f"Unknown split {unknown[0]!r} in num_images. Use any of: {', '.join(SPLITS)}.",
+            f"Unknown split {unknown[0]!r} in num_images. Use any of: {', '.join(splits)}.",
             split=unknown[0],
-            known=SPLITS,
+            known=splits,
         )
     for split, count in num_images.items():
         if not 0 <= count <= MAX_IMAGES_PER_SPLIT:
@@ -265,7 +221,7 @@ def _check_arguments(name: str, num_images: Mapping[str, int], seed: int) -> Non
             )
     if not any(num_images.values()):
         raise ConfigError(
-            f"num_images asks for no image. Give at least one of {', '.join(SPLITS)} a positive number.",
+            f"num_images asks for no image. Give at least one of {', '.join(splits)} a positive number.",
             num_images=dict(num_images),
         )
     if seed < 0:
