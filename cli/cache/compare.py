@@ -13,8 +13,8 @@ from cli.render import percent, print_json, print_table
 
 if TYPE_CHECKING:
     from ris_cache.store.compare import Comparison
-    from ris_train.evaluate import EvaluationResult
     from ris_train.run import RunDirectory
+    from ris_train.scoring.results import EvaluationResult
 
 _MAX_LISTED = 10
 
@@ -91,14 +91,22 @@ class _Scored:
                     "split": one.split,
                     "first": one.as_dict(),
                     "second": other.as_dict(),
-                    "change": {
-                        "oIoU": other.scores.overall_iou - one.scores.overall_iou,
-                        "mIoU": other.scores.mean_iou - one.scores.mean_iou,
-                    },
+                    "change": {measure: b - a for measure, a, b in _measures(one, other)},
                 }
                 for one, other in self.pairs
             ],
         }
+
+
+def _measures(one: EvaluationResult, other: EvaluationResult) -> list[tuple[str, float, float]]:
+    """Name, first and second value of what the default rule set measures, Pr@X apart."""
+    if one.headline is None or other.headline is None:
+        return []
+    return [
+        (measure, value, other.headline.values[measure])
+        for measure, value in one.headline.values.items()
+        if not measure.startswith("Pr@")
+    ]
 
 
 def _find_checkpoint(runs: Path, text: str) -> tuple[RunDirectory, str]:
@@ -190,10 +198,11 @@ def _print_comparison(first: Path, second: Path, found: Comparison) -> None:
 def _print_scores(first: Path, second: Path, scored: _Scored) -> None:
     rows = []
     for one, other in scored.pairs:
-        for measure, attribute in (("oIoU", "overall_iou"), ("mIoU", "mean_iou")):
-            a, b = getattr(one.scores, attribute), getattr(other.scores, attribute)
-            samples = f"{one.scores.num_samples}, {other.scores.num_samples}"
-            rows.append([one.split, measure, samples, percent(a), percent(b), f"{100 * (b - a):+.2f}"])
+        samples = f"{one.num_samples}, {other.num_samples}"
+        rows += [
+            [one.split, f"{measure} ({one.rules})", samples, percent(a), percent(b), f"{100 * (b - a):+.2f}"]
+            for measure, a, b in _measures(one, other)
+        ]
     print_table(
         f"Comparison, no result: {scored.checkpoint} on A = {first} and B = {second}",
         ["split", "measure", "samples (A, B)", "A", "B", "B - A"],
