@@ -8,7 +8,21 @@ from typing import Annotated
 
 import typer
 
-from cli import cache, data, demo, doctor, evaluate, extract, guard, params, predict, train
+from cli import (
+    cache,
+    compare,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    extract,
+    guard,
+    params,
+    predict,
+    runs,
+    score,
+    train,
+)
 
 app = typer.Typer(
     name="ris",
@@ -20,9 +34,12 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
+app.add_typer(runs.app, name="runs")
 app.command("extract")(guard.guarded(extract.extract))
 app.command("train")(guard.guarded(train.train))
 app.command("eval")(guard.guarded(evaluate.evaluate))
+app.command("score")(guard.guarded(score.score))
+app.command("compare")(guard.guarded(compare.compare))
 app.command("predict")(guard.guarded(predict.predict))
 app.command("params")(guard.guarded(params.params))
 app.command("doctor")(guard.guarded(doctor.doctor))

@@ -17,8 +17,14 @@ from cli.options import (
     RunsOption,
     choose_device,
 )
-from cli.render import percent, print_json, print_table
+from cli.render import print_json
+from cli.scores import print_results
 from ris_cache.memory import keep_freed_memory
+
+RulesOption = Annotated[
+    str | None,
+    typer.Option("--rules", help="Rule sets such as ris,dfam, or all; by default the dataset's own."),
+]
 
 
 class CategorySourceName(StrEnum):
@@ -47,6 +53,7 @@ def evaluate(
         str | None,
         typer.Option("--split", help="Selection such as refcoco:val; all but train by default."),
     ] = None,
+    rules: RulesOption = None,
     category: Annotated[
         CategorySourceName | None,
         typer.Option(help="Category source; annotated by default for models that read a category."),
@@ -59,13 +66,17 @@ def evaluate(
         ),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of that permutation.")] = 0,
+    save_predictions: Annotated[
+        str | None,
+        typer.Option(help="Also write the masks: .json, .npz, or a folder of PNGs, for `ris score`."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Expressions per forward pass.")] = 32,
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Score a run in the original frame: oIoU, mIoU, Pr@0.5-0.9 per split.
+    """Score a run by one or many rule sets in one pass, a table per split.
 
-    Example: ris eval --cache ./feats --split refcoco:val
+    Example: ris eval --cache ./feats --split refcoco:val --rules all
     """
     from ris_cache.datasets import parse_selections
     from ris_train.evaluation_run import evaluate_run
@@ -83,32 +94,14 @@ def evaluate(
         shuffle_seed=seed if shuffle_expressions else None,
         batch_size=batch_size,
         device=chosen,
+        rules=rules,
+        save_predictions=save_predictions,
         show_progress=True,
     )
     if json:
         print_json({"weights": labels, "results": [result.as_dict() for result in results]})
         return
-    first = results[0].as_dict()
-    thresholds = list(results[0].scores.precision)
-    print_table(
-        f"{first['expressions']} expressions",
-        ["split", "samples", "oIoU", "mIoU", *[f"Pr@{threshold}" for threshold in thresholds]],
-        [
-            [
-                result.split,
-                str(result.scores.num_samples),
-                percent(result.scores.overall_iou),
-                percent(result.scores.mean_iou),
-                *[percent(result.scores.precision[threshold]) for threshold in thresholds],
-            ]
-            for result in results
-        ],
-        caption=(
-            f"grid: {first['grid']} · rules: {first['rules']} · mask: {first['binarisation']} · "
-            f"category source: {first['category_source']} · weights: "
-            + ", ".join(f"{role} {label}" for role, label in labels.items())
-        ),
-    )
+    print_results(results, labels)
     for result in results:
         if result.quarantined or result.degenerate:
             typer.echo(

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from ris_cache.datasets.selection import Selection, parse_selections
 from ris_cache.errors import CacheMissError, ConfigError
 from ris_cache.store.cache import FeatureCache
-from ris_train.checkpoint import load_checkpoint, read_metadata, require_same_cache
+from ris_train.checkpoint import CheckpointMetadata, load_checkpoint, read_metadata, require_same_cache
 from ris_train.config import RunConfig
 from ris_train.data.batch import BatchBuilder, CategorySource, default_category_source
-from ris_train.data.samples import load_samples, shuffle_expressions
+from ris_train.data.samples import Sample, load_samples, shuffle_expressions
 from ris_train.data.text import Tokenizer
-from ris_train.evaluate import EvaluationResult, GroundTruth, count_samples, score
+from ris_train.evaluate import count_samples
+from ris_train.model.segmenter import RisModel
+from ris_train.params import count_parameters
 from ris_train.run import RunDirectory
+from ris_train.scoring.counts import Counts, concatenate
+from ris_train.scoring.predictions import PredictionWriter
+from ris_train.scoring.results import EvaluationResult, score_split, views_of
+from ris_train.scoring.rules import RuleSet, default_rules, rules_named
+from ris_train.scoring.samples import SampleTable
+from ris_train.scoring.views import VIEWS, View
+from ris_train.truth import GroundTruth
 
-RULES_NAME = "ris"
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Split:
+    """One selection: its samples, and how many the cache could not give."""
+
+    selection: Selection
+    samples: tuple[Sample, ...]
+    quarantined: int
 
 
 def evaluate_run(
@@ -31,10 +50,14 @@ def evaluate_run(
     shuffle_seed: int | None,
     batch_size: int,
     device: torch.device,
+    rules: str | None = None,
+    save_predictions: str | None = None,
     show_progress: bool = False,
     is_comparison: bool = False,
 ) -> tuple[list[EvaluationResult], dict[str, str]]:
-    """Score a checkpoint on each split.
+    """Score a checkpoint on each split; every sample is predicted once, whatever the number of rule sets.
+
+    Beside the run, `eval/<evaluation>.json` keeps the results and `eval/<evaluation>.parquet` the samples.
 
     Args:
         cache_root: made by the encoders that the run was trained with.
@@ -45,6 +68,8 @@ def evaluate_run(
         shuffle_seed: permute expressions within each image by this seed; None leaves them.
         batch_size: expressions per forward pass.
         device: where the model runs.
+        rules: `all` or names of rule sets; None for each dataset's own.
+        save_predictions: also write the predicted masks there; see `PredictionWriter`.
         show_progress: whether to draw a bar on stderr.
         is_comparison: whether to score on features of another fingerprint too, to see what they change. No
             file is kept beside the run then: they would not be the run's scores.
@@ -55,7 +80,8 @@ def evaluate_run(
     Raises:
         CheckpointError: the run has no such checkpoint, or a damaged one.
         FingerprintMismatchError: the cache was made otherwise than the one that the run was trained from.
-        ConfigError: a category source that the model cannot use.
+        ConfigError: a category source that the model cannot use, an unknown rule set, or a place where
+            predictions cannot be written.
     """
     path = run.checkpoint_path(checkpoint)
     metadata = read_metadata(path)
@@ -64,54 +90,175 @@ def evaluate_run(
         require_same_cache(metadata, cache.fingerprint.digest, path=path, cache=cache_root)
     config = metadata.config
     source = _category_source(config, category_source)
+    splits = [
+        _load(cache, selection, config, shuffle_seed)
+        for selection in _one_split_each(cache, config, selections)
+    ]
+    chosen = {name: _rules(rules, name, splits) for name in _table_names(splits)}
+    views = views_of([rule for of_table, _ in chosen.values() for rule in of_table])
+    writer = None
+    if save_predictions is not None:
+        writer = PredictionWriter(save_predictions)
+        writer.require_one_table(list(chosen))
+        views = tuple({view.name: view for view in (*views, VIEWS["original"])}.values())
     model, _ = load_checkpoint(path, device=device)
     tokenizer = Tokenizer.from_folder(run.tokenizer_dir, config.model.max_tokens)
+    samples, counts = _count_tables(
+        cache, model, tokenizer, splits, views, source, batch_size, device, writer, show_progress
+    )
+    expressions = "own" if shuffle_seed is None else f"shuffled(seed={shuffle_seed})"
+    position = {sample: index for index, sample in enumerate(samples)}
     results = []
-    for selection in _one_split_each(cache, config, selections):
-        samples = load_samples(cache, selection, text=config.data.text)
-        chosen = samples.samples
-        if shuffle_seed is not None:
-            chosen = shuffle_expressions(chosen, seed=shuffle_seed)
+    for split in splits:
+        of_table, default = chosen[split.selection.table_name]
+        rows = np.array([position[sample] for sample in split.samples], dtype=np.intp)
+        results.append(
+            score_split(
+                f"{split.selection.table_name}:{split.selection.split}",
+                {name: found.select(rows) for name, found in counts.items()},
+                of_table,
+                default_rules=default,
+                category_source=source,
+                expressions=expressions,
+                quarantined=split.quarantined,
+                degenerate=sum(sample.is_degenerate for sample in split.samples),
+            )
+        )
+    meaning: dict[str, Any] = {
+        "method": run.path.resolve().name,
+        "checkpoint": checkpoint,
+        "step": metadata.step,
+        "fingerprint": cache.fingerprint.digest,
+        "weights": metadata.weight_labels,
+        "category_source": source,
+        "text": config.data.text,
+        "expressions": expressions,
+        "source": "run",
+    }
+    if writer is not None:
+        any_counts = next(iter(counts.values()))
+        writer.write(samples, any_counts.says_no_target, has_head=any_counts.has_head, info=meaning)
+    if not is_comparison:
+        name = _evaluation_name(checkpoint, source, results if selections is not None else [], shuffle_seed)
+        _keep(run, name, results, metadata, meaning, _sample_table(cache, samples, counts, metadata, meaning))
+    return results, metadata.weight_labels
+
+
+def _load(cache: FeatureCache, selection: Selection, config: RunConfig, shuffle_seed: int | None) -> _Split:
+    found = load_samples(cache, selection, text=config.data.text)
+    samples = found.samples
+    if shuffle_seed is not None:
+        samples = shuffle_expressions(samples, seed=shuffle_seed)
+    return _Split(selection=selection, samples=samples, quarantined=found.quarantined)
+
+
+def _table_names(splits: Sequence[_Split]) -> list[str]:
+    return list(dict.fromkeys(split.selection.table_name for split in splits))
+
+
+def _rules(asked: str | None, table_name: str, splits: Sequence[_Split]) -> tuple[tuple[RuleSet, ...], str]:
+    """The rule sets of one table, and the name of its own one."""
+    has_no_target = any(
+        not sample.ann_ids
+        for split in splits
+        if split.selection.table_name == table_name
+        for sample in split.samples
+    )
+    default = default_rules(table_name.partition(".")[0], has_no_target=has_no_target)
+    return rules_named(asked or default), default
+
+
+def _count_tables(
+    cache: FeatureCache,
+    model: RisModel,
+    tokenizer: Tokenizer,
+    splits: Sequence[_Split],
+    views: Sequence[View],
+    source: CategorySource,
+    batch_size: int,
+    device: torch.device,
+    writer: PredictionWriter | None,
+    show_progress: bool,
+) -> tuple[list[Sample], dict[str, Counts]]:
+    """Count every sample once, though several selections may hold it, table by table."""
+    truth = GroundTruth.from_cache(cache, _table_names(splits))
+    samples: list[Sample] = []
+    parts: list[dict[str, Counts]] = []
+    for name in _table_names(splits):
+        own = [split.samples for split in splits if split.selection.table_name == name]
+        of_table = list(dict.fromkeys(sample for some in own for sample in some))
         builder = BatchBuilder(
             cache,
             tokenizer,
-            categories=cache.categories(cache.manifest.datasets[samples.table_name].category_set),
+            categories=cache.categories(cache.manifest.datasets[name].category_set),
             category_source=source,
             device=device,
         )
-        truth = GroundTruth(cache.instances(samples.table_name), cache.sizes)
-        counts = count_samples(
-            model, chosen, builder, truth, batch_size=batch_size, show_progress=show_progress
-        )
-        results.append(
-            EvaluationResult(
-                split=f"{samples.table_name}:{selection.split}",
-                scores=score(counts, RULES_NAME),
-                rules=RULES_NAME,
-                category_source=source,
-                expressions="own" if shuffle_seed is None else f"shuffled(seed={shuffle_seed})",
-                quarantined=samples.quarantined,
-                degenerate=sum(sample.is_degenerate for sample in chosen),
+        builder.require_categories(of_table)
+        parts.append(
+            count_samples(
+                model,
+                of_table,
+                builder,
+                truth,
+                views=views,
+                batch_size=batch_size,
+                show_progress=show_progress,
+                keep_mask=writer.keep_mask if writer is not None else None,
             )
         )
-    if is_comparison:
-        return results, metadata.weight_labels
+        samples += of_table
+    return samples, {view.name: concatenate([part[view.name] for part in parts]) for view in views}
+
+
+def _evaluation_name(
+    checkpoint: str, source: CategorySource, named: Sequence[EvaluationResult], shuffle_seed: int | None
+) -> str:
     name = f"scores-{checkpoint}-{source}"
-    if selections is not None:
-        name += "-" + "+".join(result.split.replace(":", ".") for result in results)
+    if named:
+        name += "-" + "+".join(result.split.replace(":", ".") for result in named)
     if shuffle_seed is not None:
         name += f"-shuffled{shuffle_seed}"
+    return name
+
+
+def _sample_table(
+    cache: FeatureCache,
+    samples: Sequence[Sample],
+    counts: dict[str, Counts],
+    metadata: CheckpointMetadata,
+    meaning: dict[str, Any],
+) -> SampleTable:
+    """The table of all samples; of one shuffled differently by two selections, the first."""
+    first: dict[tuple[str, str, int, int], int] = {}
+    for index, sample in enumerate(samples):
+        first.setdefault((sample.table_name, sample.split, sample.ref_id, sample.sent_id), index)
+    rows = list(first.values())
+    names = dict.fromkeys(sample.table_name for sample in samples)
+    parts = count_parameters(metadata.encoder_spec, metadata.config.model)
+    num_parameters = sum(part.count for part in parts if part.name in ("frozen", "trainable"))
+    return SampleTable.of(
+        [samples[index] for index in rows],
+        {view: found.select(np.array(rows, dtype=np.intp)) for view, found in counts.items()},
+        {name: cache.instances(name) for name in names},
+        metadata=meaning | {"num_parameters": num_parameters},
+    )
+
+
+def _keep(
+    run: RunDirectory,
+    name: str,
+    results: Sequence[EvaluationResult],
+    metadata: CheckpointMetadata,
+    meaning: dict[str, Any],
+    table: SampleTable,
+) -> None:
+    """Write both files of an evaluation, the samples first: where there are results, there are samples."""
+    table.write(run.path / "eval" / f"{name}.parquet")
     run.write_evaluation(
         name,
-        {
-            "checkpoint": checkpoint,
-            "step": metadata.step,
-            "fingerprint": metadata.fingerprint,
-            "weights": metadata.weight_labels,
-            "results": [result.as_dict() for result in results],
-        },
+        meaning | {"fingerprint": metadata.fingerprint, "results": [result.as_dict() for result in results]},
     )
-    return results, metadata.weight_labels
 
 
 def _one_split_each(

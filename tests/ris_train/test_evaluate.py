@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ris_cache.datasets.records import InstanceRecord, Segmentation
@@ -18,14 +19,25 @@ from ris_cache.datasets.selection import Selection, parse_selections
 from ris_cache.errors import CheckpointError, ConfigError, FingerprintMismatchError
 from ris_cache.store.cache import FeatureCache
 from ris_train.checkpoint import CheckpointMetadata, load_checkpoint, save_checkpoint
-from ris_train.data.batch import Batch, BatchBuilder
+from ris_train.data.batch import BatchBuilder
 from ris_train.data.samples import Sample, load_samples, shuffle_expressions
 from ris_train.data.text import Tokenizer
-from ris_train.evaluate import EvaluationResult, GroundTruth, count_samples, score
+from ris_train.evaluate import (
+    EvaluationResult,
+    GroundTruth,
+    KeepMask,
+    _unpack_by_shifts,
+    count_samples,
+    score,
+)
 from ris_train.evaluation_run import evaluate_run
 from ris_train.model.segmenter import ModelInputs, ModelOutputs, RisModel
 from ris_train.run import RunDirectory
-from ris_train.scoring import Counts, ris_scores
+from ris_train.scoring import RULES, VIEWS, Counts, rules_named, truth_mask
+from ris_train.scoring.predictions import mask_name
+from ris_train.scoring.results import score_split
+from ris_train.scoring.samples import SampleTable
+from ris_train.sharding import gather, image_batches, shard
 
 TABLE = "refcoco.unc"
 CPU = torch.device("cpu")
@@ -43,6 +55,7 @@ def instance(ann_id: int, image_id: int, segmentation: Segmentation) -> Instance
 
 def sample(sent_id: int, image_id: int, *ann_ids: int) -> Sample:
     return Sample(
+        table_name=TABLE,
         split="val",
         ref_id=sent_id,
         sent_id=sent_id,
@@ -92,50 +105,70 @@ SAMPLES = [one for one, _, _ in WORKED]
 class SentIds:
     """Builds batches that carry nothing but the samples' sent_ids, as their token ids."""
 
-    def evaluation_batch(self, samples: Sequence[Sample]) -> Batch:
+    def grouped_inputs(self, samples: Sequence[Sample]) -> ModelInputs:
         token_ids = torch.tensor([[one.sent_id] for one in samples])
         none = torch.zeros(len(samples), 0)
-        inputs = ModelInputs(
+        return ModelInputs(
             image_embeddings=none,
             clip_features=none,
             token_ids=token_ids,
             text_mask=token_ids >= 0,
             category_embeddings=None,
         )
-        return Batch(samples=tuple(samples), inputs=inputs, targets=None)
 
 
 class KnownLogits(nn.Module):
     """Answers each sent_id with the logits written above; remembers how it was asked."""
 
-    def __init__(self, fails: bool = False) -> None:
+    def __init__(self, *, fails: bool = False, says_no_target: set[int] | None = None) -> None:
         super().__init__()
         self.fails = fails
-        self.batch_sizes: list[int] = []
+        self.says_no_target = says_no_target
+        self.asked: list[list[int]] = []
+
+    @property
+    def has_no_target_head(self) -> bool:
+        return self.says_no_target is not None
 
     def forward(self, inputs: ModelInputs, *, with_dfam: bool = True) -> ModelOutputs:
         assert not self.training, "dropout would be on"
         assert not torch.is_grad_enabled()
-        assert not with_dfam, "DFAM costs time and changes no mask"
+        assert with_dfam is self.has_no_target_head, "DFAM costs time, and only a head reads it"
         if self.fails:
             raise ArithmeticError("overflow")
         sent_ids = inputs.token_ids[:, 0].tolist()
-        self.batch_sizes.append(len(sent_ids))
-        return ModelOutputs(mask_logits=torch.stack([LOGITS[sent_id] for sent_id in sent_ids]), dfam=None)
+        self.asked.append(sent_ids)
+        flags = None
+        if self.says_no_target is not None:
+            says = torch.tensor([float(sent_id in self.says_no_target) for sent_id in sent_ids])
+            flags = torch.stack([1 - says, says], dim=1)
+        logits = torch.stack([LOGITS[sent_id] for sent_id in sent_ids])
+        return ModelOutputs(mask_logits=logits, dfam=None, no_target_logits=flags)
+
+
+def count_views(
+    samples: Sequence[Sample],
+    views: Sequence[str],
+    batch_size: int = 4,
+    model: nn.Module | None = None,
+    keep_mask: KeepMask | None = None,
+) -> dict[str, Counts]:
+    return count_samples(
+        KnownLogits() if model is None else model,  # type: ignore[arg-type]
+        samples,
+        SentIds(),  # type: ignore[arg-type]
+        GroundTruth({TABLE: INSTANCES}, SIZES),
+        views=[VIEWS[name] for name in views],
+        batch_size=batch_size,
+        keep_mask=keep_mask,
+    )
 
 
 def count(
     samples: Sequence[Sample], batch_size: int, model: nn.Module | None = None
 ) -> list[tuple[int, int, int]]:
-    """(I, P, G) of each sample."""
-    counts = count_samples(
-        KnownLogits() if model is None else model,  # type: ignore[arg-type]
-        samples,
-        SentIds(),  # type: ignore[arg-type]
-        GroundTruth(INSTANCES, SIZES),
-        batch_size=batch_size,
-    )
-    return triples(counts)
+    """(I, P, G) of each sample in the original frame."""
+    return triples(count_views(samples, ["original"], batch_size, model)["original"])
 
 
 def triples(counts: Counts) -> list[tuple[int, int, int]]:
@@ -153,8 +186,15 @@ def test_counts_do_not_depend_on_batch_size_or_order(batch_size: int) -> None:
     model = KnownLogits()
     found = count([SAMPLES[index] for index in order], batch_size, model)
     assert found == [EXPECTED[index] for index in order]
-    assert sum(model.batch_sizes) == len(SAMPLES)
-    assert max(model.batch_sizes) == min(batch_size, len(SAMPLES))
+    assert sorted(sent_id for batch in model.asked for sent_id in batch) == sorted(EXPECTED)
+    assert max(map(len, model.asked)) <= batch_size
+
+
+def test_all_expressions_of_an_image_are_asked_together() -> None:
+    model = KnownLogits()
+    mixed = [SAMPLES[index] for index in (3, 0, 4, 1, 5, 2)]
+    count(mixed, 4, model)
+    assert model.asked == [[3, 4, 5], [0, 1, 2]]
 
 
 def test_no_samples_count_to_nothing() -> None:
@@ -177,65 +217,155 @@ def test_the_model_is_given_back_in_its_mode_after_a_failure_too() -> None:
 
 def test_only_annotated_absence_is_counted_as_no_target() -> None:
     """An instance that encloses nothing is still a target."""
-    asked = [sample(7, 2, 21), sample(8, 2)]
-    counts = count_samples(
-        KnownLogits(),  # type: ignore[arg-type]
-        asked,
-        SentIds(),  # type: ignore[arg-type]
-        GroundTruth(INSTANCES, SIZES),
-        batch_size=2,
-    )
+    counts = count_views([sample(7, 2, 21), sample(8, 2)], ["original"])["original"]
     assert counts.is_no_target.tolist() == [False, True]
     assert not counts.says_no_target.any()
+    assert not counts.has_head
 
 
-def test_the_truth_is_the_union_of_all_parts_of_all_targets_in_the_images_own_frame() -> None:
-    parts = (box(0, 0, 2, 3), box(1, 2, 5, 4))
-    instances = {1: instance(1, 1, parts), 2: instance(2, 1, (box(4, 3, 6, 8),))}
-    expected = np.zeros((8, 16), dtype=bool)
-    expected[0:3, 0:2] = expected[2:4, 1:5] = expected[3:8, 4:6] = True
-    truth = GroundTruth(instances, SIZES)
-    for _ in range(2):  # the second answer is the one remembered
-        assert np.array_equal(truth.of(sample(0, 1, 1, 2)), expected)
-    assert truth.size(sample(0, 1, 1)) == (8, 16)
-    assert not np.array_equal(truth.of(sample(1, 1, 1)), expected)
+def test_the_decisions_of_a_head_are_kept_beside_masks_that_stay_as_they_are() -> None:
+    model = KnownLogits(says_no_target={1, 8})
+    counts = count_views(SAMPLES, ["original", "480"], 2, model)
+    for found in counts.values():
+        assert found.has_head
+        assert found.says_no_target.tolist() == [one.sent_id in (1, 8) for one in SAMPLES]
+    assert triples(counts["original"]) == list(EXPECTED.values())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_every_view_of_one_pass_counts_what_a_plain_loop_counts(batch_size: int) -> None:
+    """The plain loop: one sample at a time, probabilities by sigmoid, numpy."""
+    random = np.random.default_rng(0)
+    noisy = {one.sent_id: torch.from_numpy(random.normal(size=(8, 8)).astype(np.float32)) for one in SAMPLES}
+    model = KnownLogits()
+    expected: dict[str, list[tuple[int, int, int]]] = {name: [] for name in VIEWS}
+    for one in SAMPLES:
+        segmentations = [INSTANCES[ann_id].segmentation for ann_id in one.ann_ids]
+        for name, view in VIEWS.items():
+            size = view.grid_size(SIZES[one.image_id])
+            logits = F.interpolate(noisy[one.sent_id].double()[None, None], size=size, mode="bilinear")
+            mask = torch.sigmoid(logits)[0, 0].numpy() > view.threshold
+            truth = truth_mask(segmentations, view, frame_size=SIZES[one.image_id])
+            expected[name].append((int((mask & truth).sum()), int(mask.sum()), int(truth.sum())))
+    original = dict(LOGITS)
+    try:
+        LOGITS.update(noisy)
+        counts = count_views(SAMPLES, list(VIEWS), batch_size, model)
+    finally:
+        LOGITS.update(original)
+    assert {name: triples(found) for name, found in counts.items()} == expected
+    assert len(model.asked) == len(list(image_batches([one.image_id for one in SAMPLES], batch_size)))
+
+
+def test_each_predicted_mask_is_given_away_once_by_its_name() -> None:
+    """Views that differ in the ground truth alone share a mask; 0.35 gives one of its own."""
+    kept: dict[tuple[int, str], np.ndarray] = {}
+
+    def keep(one: Sample, name: str, mask: np.ndarray) -> None:
+        assert (one.sent_id, name) not in kept
+        kept[one.sent_id, name] = mask
+
+    counts = count_views(SAMPLES, list(VIEWS), keep_mask=keep)
+    assert {name for _, name in kept} == {"original", "original-p35", "1024", "480"}
+    assert len(kept) == 4 * len(SAMPLES)
+    for view in VIEWS.values():
+        found = [int(kept[one.sent_id, mask_name(view)].sum()) for one in SAMPLES]
+        assert found == counts[view.name].predicted.tolist()
+    assert kept[0, "original"].shape == (8, 16)
+
+
+def test_bits_are_unpacked_on_any_device_as_numpy_unpacks_them() -> None:
+    bits = np.random.default_rng(0).integers(0, 256, (3, 7), dtype=np.uint8)
+    assert np.array_equal(_unpack_by_shifts(torch.from_numpy(bits)).numpy(), np.unpackbits(bits, axis=1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_counts_what_the_cpu_counts(trained: Trained) -> None:
+    truth = GroundTruth.from_cache(trained.cache, [TABLE])
+    device = torch.device("cuda")
+    model, metadata = load_checkpoint(trained.run.checkpoint_path("best"), device=device)
+    tokenizer = Tokenizer.from_folder(trained.run.tokenizer_dir, metadata.config.model.max_tokens)
+    categories = trained.cache.categories(trained.cache.manifest.datasets[TABLE].category_set)
+    builder = BatchBuilder(
+        trained.cache, tokenizer, categories=categories, category_source="none", device=device
+    )
+    views = list(VIEWS.values())
+    on_gpu = count_samples(model, trained.samples, builder, truth, views=views, batch_size=8)
+    on_cpu = count_samples(trained.model, trained.samples, trained.builder, truth, views=views, batch_size=8)
+    for view in views:
+        one, other = on_gpu[view.name], on_cpu[view.name]
+        assert one.annotated.tolist() == other.annotated.tolist()
+        pixels = np.maximum(other.predicted, 1000)
+        assert (np.abs(one.predicted - other.predicted) <= 0.01 * pixels).all()
+        assert (np.abs(one.intersection - other.intersection) <= 0.01 * pixels).all()
+
+
+def test_shards_counted_apart_and_gathered_are_the_whole() -> None:
+    image_ids = [one.image_id for one in SAMPLES]
+    whole = count_views(SAMPLES, ["original", "480"])
+    for world in (1, 2, 3):
+        parts = [
+            count_views([SAMPLES[index] for index in shard(image_ids, rank, world)], ["original", "480"])
+            for rank in range(world)
+        ]
+        gathered = gather(image_ids, parts)
+        for name, counts in whole.items():
+            assert triples(gathered[name]) == triples(counts)
+            assert repr(RULES["ris"].score(gathered[name])) == repr(RULES["ris"].score(counts))
 
 
 def test_a_result_says_what_its_numbers_mean() -> None:
     """Three samples: IoU 32/96, 16/128 and 24/24; ΣI = 72, ΣU = 248."""
-    columns = np.array([EXPECTED[index] for index in (0, 2, 3)]).T
-    flags = np.zeros(3, dtype=bool)
-    counts = Counts(
-        intersection=columns[0],
-        predicted=columns[1],
-        annotated=columns[2],
-        is_no_target=flags,
-        says_no_target=flags,
-    )
-    result = EvaluationResult(
-        split="refcoco.unc:val",
-        scores=score(counts),
-        rules="ris",
+    counts = count_views([SAMPLES[index] for index in (0, 2, 3)], ["original", "original-p35"])
+    result = score_split(
+        "refcoco.unc:val",
+        counts,
+        rules_named("cris,ris"),
+        default_rules="ris",
         category_source="predicted",
         expressions="own",
         quarantined=2,
         degenerate=1,
     )
-    assert result.as_dict() == {
-        "split": "refcoco.unc:val",
-        "grid": "original",
-        "binarisation": "logit > 0",
-        "rules": "ris",
-        "category_source": "predicted",
-        "expressions": "own",
-        "num_samples": 3,
-        "quarantined": 2,
-        "degenerate": 1,
+    ris = {
         "oIoU": pytest.approx(72 / 248),
         "mIoU": pytest.approx((1 / 3 + 1 / 8 + 1) / 3),
         **{f"Pr@{threshold}": pytest.approx(1 / 3) for threshold in (0.5, 0.6, 0.7, 0.8, 0.9)},
     }
+    terms = {"grid": "original", "ground_truth": "polygons on the grid", "overlap": "union"}
+    found = result.as_dict()
+    scores = found.pop("scores")
+    assert found == {
+        "split": "refcoco.unc:val",
+        "rules": "ris",
+        **terms,
+        "threshold": 0.5,
+        "binarisation": "logit > 0",
+        "category_source": "predicted",
+        "expressions": "own",
+        "num_samples": 3,
+        "num_no_target": 0,
+        "quarantined": 2,
+        "degenerate": 1,
+        **ris,
+    }
+    assert list(scores) == ["cris", "ris"]
+    assert scores["ris"] == {**terms, "threshold": 0.5, "binarisation": "logit > 0", "num_samples": 3, **ris}
+    assert scores["cris"]["binarisation"] == "probability > 0.35"
     assert json.loads(json.dumps(result.as_dict())) == result.as_dict()
+
+
+def test_a_rule_set_without_a_rule_for_no_target_samples_gives_a_reason_instead_of_scores() -> None:
+    counts = count_views([sample(0, 1, 10), sample(8, 2)], ["original"])
+    result = score_split(
+        "grefcoco.unc:val", counts, rules_named("ris,gres"), default_rules="gres", category_source="none",
+        expressions="own", quarantined=0, degenerate=0,
+    )  # fmt: skip
+    assert list(result.scores) == ["gres"]
+    assert result.headline == result.scores["gres"]
+    assert result.refused == {"ris": "no rule for no-target samples, of which there are 1"}
+    assert result.as_dict()["scores"]["ris"]["refused"] == result.refused["ris"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,12 +394,18 @@ def trained(tiny_cache: Path, tiny_runs: Path) -> Trained:
     return Trained(cache=cache, run=run, model=model, metadata=metadata, samples=samples, builder=builder)
 
 
+def count_one(trained: Trained, samples: Sequence[Sample], truth: GroundTruth, *, batch_size: int) -> Counts:
+    views = [VIEWS["original"]]
+    counts = count_samples(trained.model, samples, trained.builder, truth, views=views, batch_size=batch_size)
+    return counts["original"]
+
+
 def test_a_real_model_scores_the_same_in_any_batches_and_order(trained: Trained) -> None:
     """Sums are rounded differently beside another padding, which may move a pixel at an outline."""
-    truth = GroundTruth(trained.cache.instances(TABLE), trained.cache.sizes)
+    truth = GroundTruth.from_cache(trained.cache, [TABLE])
     samples = trained.samples[:6]
-    wide = count_samples(trained.model, samples, trained.builder, truth, batch_size=6)
-    narrow = count_samples(trained.model, samples[::-1], trained.builder, truth, batch_size=1)
+    wide = count_one(trained, samples, truth, batch_size=6)
+    narrow = count_one(trained, samples[::-1], truth, batch_size=1)
     assert wide.annotated.tolist() == narrow.annotated[::-1].tolist()
     assert np.abs(wide.predicted - narrow.predicted[::-1]).max() <= 3
     assert np.abs(wide.intersection - narrow.intersection[::-1]).max() <= 3
@@ -305,9 +441,9 @@ def evaluate(
 
 def test_an_evaluation_scores_the_model_and_is_kept_beside_the_run(trained: Trained) -> None:
     ((result,), labels) = evaluate(trained)
-    truth = GroundTruth(trained.cache.instances(TABLE), trained.cache.sizes)
-    counts = count_samples(trained.model, trained.samples, trained.builder, truth, batch_size=8)
-    assert result.scores == ris_scores(counts)
+    truth = GroundTruth.from_cache(trained.cache, [TABLE])
+    counts = count_one(trained, trained.samples, truth, batch_size=8)
+    assert result.scores == {"ris": score(counts)}
     assert (result.split, result.rules, result.category_source) == (f"{TABLE}:val", "ris", "none")
     assert labels == trained.metadata.weight_labels
     kept = json.loads((trained.run.path / "eval" / "scores-best-none-refcoco.unc.val.json").read_text())
@@ -315,13 +451,50 @@ def test_an_evaluation_scores_the_model_and_is_kept_beside_the_run(trained: Trai
     assert (kept["fingerprint"], kept["step"]) == (trained.metadata.fingerprint, trained.metadata.step)
 
 
+def test_the_samples_of_an_evaluation_are_kept_with_what_they_mean(trained: Trained) -> None:
+    evaluate(trained, "refcoco:val,refcoco:testA")
+    name = "scores-best-none-refcoco.unc.val+refcoco.unc.testA"
+    table = SampleTable.read(trained.run.path / "eval" / f"{name}.parquet")
+    kept = json.loads((trained.run.path / "eval" / f"{name}.json").read_text())
+    assert [result["split"] for result in kept["results"]] == [f"{TABLE}:val", f"{TABLE}:testA"]
+    for result in kept["results"]:
+        split = result["split"].partition(":")[2]
+        of_split = table.select(np.array([found == split for found in table.columns["split"]]))
+        assert RULES["ris"].score(of_split.counts("original")).values["oIoU"] == result["oIoU"]
+        assert len(of_split) == result["num_samples"]
+    expected = {
+        "method": "first", "source": "run", "checkpoint": "best", "category_source": "none", "text": "sent",
+        "expressions": "own", "fingerprint": trained.metadata.fingerprint, "weights": trained.metadata.weight_labels,
+    }  # fmt: skip
+    assert {key: table.metadata[key] for key in expected} == expected
+
+
+def test_a_sample_of_two_selections_is_predicted_once(trained: Trained) -> None:
+    results, _ = evaluate(trained, "refcoco:test,refcoco:testA,refcoco:testB")
+    whole, *parts = results
+    assert whole.num_samples == sum(part.num_samples for part in parts)
+    (path,) = (trained.run.path / "eval").glob("*unc.test+*.parquet")
+    assert len(SampleTable.read(path)) == whole.num_samples
+
+
+def test_all_rule_sets_come_from_one_pass(trained: Trained) -> None:
+    ((alone,), _) = evaluate(trained)
+    results, _ = evaluate_run(
+        trained.cache.root, trained.run, checkpoint="best", selections=parse_selections("refcoco:val"),
+        category_source=None, shuffle_seed=None, batch_size=8, device=CPU, rules="all",
+    )  # fmt: skip
+    assert list(results[0].scores) == list(RULES)
+    assert results[0].rules == "ris"
+    assert results[0].scores["ris"] == alone.scores["ris"]
+
+
 def test_a_shuffled_evaluation_scores_the_shuffled_expressions(trained: Trained) -> None:
     ((result,), _) = evaluate(trained, shuffle_seed=5)
-    truth = GroundTruth(trained.cache.instances(TABLE), trained.cache.sizes)
+    truth = GroundTruth.from_cache(trained.cache, [TABLE])
     shuffled = shuffle_expressions(trained.samples, seed=5)
-    counts = count_samples(trained.model, shuffled, trained.builder, truth, batch_size=8)
+    counts = count_one(trained, shuffled, truth, batch_size=8)
     assert result.expressions == "shuffled(seed=5)"
-    assert result.scores == ris_scores(counts)
+    assert result.scores == {"ris": score(counts)}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ris_train.frames import to_original_frame
+from ris_train.frames import logit_of, to_grid, to_original_frame
 
 
 def resize_bilinearly(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -86,3 +86,21 @@ def test_logits_are_resized_before_they_are_thresholded() -> None:
     """
     logits = torch.tensor([[3.0, -1.0], [3.0, -1.0]])
     assert to_original_frame(logits, (2, 8))[0].tolist() == [True] * 5 + [False] * 3
+
+
+@pytest.mark.parametrize("size", [(5, 9), (48, 48), (7, 3)])
+def test_a_batch_is_resized_as_each_of_its_logits_alone(size: tuple[int, int]) -> None:
+    logits = torch.from_numpy(np.random.default_rng(0).normal(size=(5, 8, 8)).astype(np.float32))
+    whole = to_grid(logits, size)
+    assert whole.shape == (5, *size)
+    for one, expected in zip(whole, logits, strict=True):
+        assert torch.equal(one, to_grid(expected[None], size)[0])
+        assert torch.equal(one > 0, to_original_frame(expected, size))
+
+
+@pytest.mark.parametrize("probability", [0.35, 0.5, 0.9])
+def test_a_logit_beyond_the_thresholds_is_a_probability_beyond_it(probability: float) -> None:
+    assert torch.sigmoid(torch.tensor(logit_of(probability), dtype=torch.float64)).item() == pytest.approx(
+        probability, abs=1e-15
+    )
+    assert logit_of(0.5) == 0
