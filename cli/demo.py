@@ -133,9 +133,9 @@ def _summarise(
 def _examples(data: Path) -> list[tuple[Path, str]]:
     """The first expression of the first refs of different validation images."""
     from ris_cache.datasets import ImageRoots, select_split
-    from ris_cache.datasets.refer import load_refer
+    from ris_cache.datasets.load import load_dataset
 
-    dataset = load_refer(data, "refcoco", "unc")
+    dataset = load_dataset(data, "refcoco", "unc")
     firsts = {expression.image_id: expression for expression in reversed(select_split(dataset, "val"))}
     image_ids = sorted(firsts)[:NUM_PICTURES]
     paths = ImageRoots(data).resolve(dataset.images[image_id] for image_id in image_ids)

@@ -1,9 +1,10 @@
-"""`ris predict`: one image, one expression, one mask."""
+"""`ris predict`: one image, one or several expressions, a mask each."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,11 +21,16 @@ from cli.options import (
 from cli.render import print_json, print_table
 from ris_cache.errors import ConfigError
 
+if TYPE_CHECKING:
+    from ris_train.predict import Prediction
+
+_JUDGEMENTS = {None: "", True: "refers to nothing in the image", False: "refers to something"}
+
 
 def predict(
     image: Annotated[Path, typer.Option("--image", help="Image file.")],
-    text: Annotated[str, typer.Option("--text", help="What to look for.")],
-    out: Annotated[Path, typer.Option("--out", help="Directory for the mask and the overlay.")] = Path(),
+    text: Annotated[list[str], typer.Option("--text", help="What to look for; repeatable.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory for the masks and the overlays.")] = Path(),
     category: Annotated[
         str | None, typer.Option(help="Category of the target; predicted by CLIP if the model reads one.")
     ] = None,
@@ -35,46 +41,79 @@ def predict(
     device: DeviceOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Write the mask (PNG, 0 and 255) and an overlay of what the expression refers to.
+    """Write the mask (PNG, 0 and 255) and an overlay of what each expression refers to.
 
-    Example: ris predict --image street.jpg --text "the lady in the blue shirt"
+    A model with a no-target head may find that it refers to nothing; the mask is empty then. Of several
+    expressions, the files are numbered in their order.
+
+    Example: ris predict --image street.jpg --text "the lady in the blue shirt" --text "the left bus"
     """
-    if not text.strip():
+    if any(not one.strip() for one in text):
         raise ConfigError("The expression is empty; say what to look for with --text.")
 
-    from ris_train.predict import Predictor, save_prediction
+    from ris_train.live import Segmenter
     from ris_train.predict import predict as run_prediction
+    from ris_train.predict import save_prediction
+    from ris_train.pretrained import RISModel
     from ris_train.run import find_run
 
-    predictor = Predictor.load(
-        find_run(runs, run),
-        sam_weights=sam_weights,
-        clip_weights=clip_weights,
-        device=choose_device(device),
-    )
-    prediction = run_prediction(image, text, predictor, category=category)
-    mask_path, overlay_path = save_prediction(prediction, out, image.stem)
-    share = float(prediction.mask.mean())
+    model = RISModel.from_run(find_run(runs, run), device=choose_device(device))
+    segmenter = Segmenter.load(model, sam_weights=sam_weights, clip_weights=clip_weights)
+    predictions = run_prediction(image, text, segmenter, category=category)
+    stems = [image.stem] if len(text) == 1 else [f"{image.stem}.{number + 1}" for number in range(len(text))]
+    found = [
+        _Written(one, prediction, *save_prediction(prediction, out, stem))
+        for one, prediction, stem in zip(text, predictions, stems, strict=True)
+    ]
+    weights = model.metadata.weight_labels
     if json:
-        print_json(
-            {
-                "mask": str(mask_path),
-                "overlay": str(overlay_path),
-                "share": share,
-                "category": prediction.category,
-                "category_source": prediction.category_source,
-                "weights": predictor.metadata.weight_labels,
-            }
-        )
+        of_one = found[0].document() | {"weights": weights}
+        of_several = {
+            "predictions": [{"text": one.text, **one.document()} for one in found],
+            "weights": weights,
+        }
+        print_json(of_one if len(found) == 1 else of_several)
         return
+    for one in found:
+        _print(image, one, weights if one is found[-1] else {})
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A prediction and where its files are."""
+
+    text: str
+    prediction: Prediction
+    mask_path: Path
+    overlay_path: Path
+
+    @property
+    def share(self) -> float:
+        return float(self.prediction.mask.mean())
+
+    def document(self) -> dict[str, Any]:
+        return {
+            "mask": str(self.mask_path),
+            "overlay": str(self.overlay_path),
+            "share": self.share,
+            "says_no_target": self.prediction.says_no_target,
+            "category": self.prediction.category,
+            "category_source": self.prediction.category_source,
+        }
+
+
+def _print(image: Path, written: _Written, weights: dict[str, str]) -> None:
+    prediction = written.prediction
+    judgement = _JUDGEMENTS[prediction.says_no_target]
     print_table(
-        f'{image.name}: "{text}"',
+        f'{image.name}: "{written.text}"',
         ["what", "value"],
         [
-            ["mask", str(mask_path)],
-            ["overlay", str(overlay_path)],
-            ["share of the image", f"{100 * share:.1f} %"],
+            ["mask", str(written.mask_path)],
+            ["overlay", str(written.overlay_path)],
+            ["share of the image", f"{100 * written.share:.1f} %"],
+            *([["the expression", judgement]] if judgement else []),
             ["category", f"{prediction.category or '-'} ({prediction.category_source})"],
-            *[[f"{role} weights", label] for role, label in predictor.metadata.weight_labels.items()],
+            *[[f"{role} weights", label] for role, label in weights.items()],
         ],
     )

@@ -56,9 +56,13 @@ class ModelConfig(_Section):
 
     Attributes:
         sparse_prompt: `category` reads the target's category, `cls` the sentence alone (supplement Sec. 2).
+        no_target_head: whether the model judges if an expression refers to anything at all (supplement
+            Eq. 1). Expressions that refer to nothing are trained on with it, and left out without it. They
+            have no category, so it goes with `cls`.
     """
 
     sparse_prompt: Literal["category", "cls"] = "category"
+    no_target_head: bool = False
     num_queries: Positive = 100
     num_heads: Positive = 8
     ffn_dim: Positive = 1024
@@ -73,6 +77,8 @@ class LossConfig(_Section):
     """Weights λ of the losses (supplement, "Implementations") and how their points are drawn.
 
     Attributes:
+        no_target: λ_nt of the no-target head's cross-entropy (supplement Eq. 2).
+        no_target_weights: weights of its two classes: refers to something, refers to nothing.
         mask_size: side of the square grid on which M_SAM is compared with its target.
         num_points: points per mask for matching and DFAM's losses.
         oversample: candidates drawn per point before the most uncertain are kept (PointRend).
@@ -87,6 +93,8 @@ class LossConfig(_Section):
     dfam_dice: float = 5.0
     dfam_bce: float = 5.0
     dfam_vl: float = 1.0
+    no_target: float = 0.1
+    no_target_weights: tuple[PositiveRate, PositiveRate] = (0.9, 1.1)
     mask_size: Positive = 1024
     num_points: Positive = 12544
     oversample: Annotated[float, Field(ge=1)] = 3.0
@@ -98,9 +106,13 @@ class DataConfig(_Section):
     """Which expressions are read.
 
     Attributes:
-        train: selection to train on, such as `refcoco:train`.
-        val: selection that chooses the best checkpoint.
+        train: split to train on, such as `refcoco:train`, or a comma list of splits to merge.
+        val: split that chooses the best checkpoint.
         text: `raw` as the annotator typed it (the habit of this line of work), or the cleaned `sent`.
+        rules: rule set that scores `val`, one of `ris eval --rules`; null for the one of its dataset.
+        leakage: what a merge does with training images that are in a validation or test split of any
+            dataset of the cache: `exclude` leaves them out, `keep` trains on them and counts them. A single
+            split is never filtered.
         integrity: when features are compared with their checksums: each image once (`first-open`), always
             (`every-read`), or never (`off`).
     """
@@ -108,6 +120,8 @@ class DataConfig(_Section):
     train: str = "refcoco:train"
     val: str = "refcoco:val"
     text: Literal["raw", "sent"] = "raw"
+    rules: str | None = None
+    leakage: Literal["exclude", "keep"] = "exclude"
     integrity: Literal["off", "first-open", "every-read"] = "first-open"
 
 
@@ -145,7 +159,8 @@ class RunConfig(_Section):
 
 def recipes() -> dict[str, Path]:
     """Name and file of each recipe that ships."""
-    return {path.stem: path for path in sorted(RECIPE_DIR.glob("*.yaml"))}
+    paths = {path.stem: path for path in RECIPE_DIR.glob("*.yaml")}
+    return {name: paths[name] for name in sorted(paths)}
 
 
 def load_config(*, recipe: str, config_path: Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ris_cache.store.tables import NO_CATEGORY
 from ris_train.config import LossConfig
 from ris_train.matching import Matching, match_queries
 from ris_train.model.dfam import DfamPrediction
@@ -36,14 +37,25 @@ class Targets:
     instance_samples: Tensor
     is_related: Tensor
 
+    @property
+    def is_no_target(self) -> Tensor:
+        """bool[B], the samples without an instance: their expression refers to nothing."""
+        is_no_target = torch.ones(len(self.masks), dtype=torch.bool, device=self.masks.device)
+        is_no_target[self.instance_samples] = False
+        return is_no_target
+
 
 def total_loss(
     outputs: ModelOutputs, targets: Targets, config: LossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = λ_Dice·Dice(M_SAM) + λ_BCE·BCE(M_SAM) + λ_DFAM·Σ_l(λ_Dice,l·Dice + λ_BCE,l·BCE + λ_VL,l·VL).
+    """Add up all losses with their weights.
+
+    L = λ_Dice·Dice(M_SAM) + λ_BCE·BCE(M_SAM) + λ_DFAM·Σ_l(λ_Dice,l·Dice + λ_BCE,l·BCE + λ_VL,l·VL) + λ_nt·CE.
+    Samples without a target take part in the text loss and in the no-target head's alone: the mask losses
+    are means over the others, 0 if there are none.
 
     Args:
-        outputs: with DFAM's predictions.
+        outputs: with DFAM's predictions, and with the no-target head's if the model has one.
         targets: of the same batch.
         config: the λ and the points.
 
@@ -51,11 +63,16 @@ def total_loss(
         The loss, and its terms before weighting (DFAM's summed over l), detached.
     """
     assert outputs.dfam is not None, "training needs DFAM's predictions"
+    is_no_target = targets.is_no_target
+    masks = targets.masks[~is_no_target]
     mask_logits = F.interpolate(
-        outputs.mask_logits.unsqueeze(1), size=targets.masks.shape[-2:], mode="bilinear", align_corners=False
+        outputs.mask_logits[~is_no_target].unsqueeze(1),
+        size=targets.masks.shape[-2:],
+        mode="bilinear",
+        align_corners=False,
     ).squeeze(1)
-    mask_dice = dice_loss(mask_logits.flatten(1), targets.masks.flatten(1)).mean()
-    mask_bce = F.binary_cross_entropy_with_logits(mask_logits, targets.masks)
+    mask_dice = _mean(dice_loss(mask_logits.flatten(1), masks.flatten(1)))
+    mask_bce = _mean(F.binary_cross_entropy_with_logits(mask_logits, masks, reduction="none"))
     dfam = [dfam_losses(prediction, targets, config) for prediction in outputs.dfam]
     dfam_dice, dfam_bce, dfam_vl = (torch.stack(terms).sum() for terms in zip(*dfam, strict=True))
     loss = (
@@ -70,6 +87,9 @@ def total_loss(
         "dfam_bce": dfam_bce,
         "dfam_vl": dfam_vl,
     }
+    if outputs.no_target_logits is not None:
+        terms["no_target"] = no_target_loss(outputs.no_target_logits, is_no_target, config.no_target_weights)
+        loss = loss + config.no_target * terms["no_target"]
     return loss, {name: term.detach() for name, term in terms.items()}
 
 
@@ -91,8 +111,8 @@ def dfam_losses(
         labels = sample_at(targets.instance_masks[matching.instances], points)
     logits = sample_at(matched, points)
     return (
-        dice_loss(logits, labels).mean(),
-        F.binary_cross_entropy_with_logits(logits, labels),
+        _mean(dice_loss(logits, labels)),
+        _mean(F.binary_cross_entropy_with_logits(logits, labels, reduction="none")),
         text_loss(prediction.text_logits, matching, targets.is_related),
     )
 
@@ -115,8 +135,9 @@ def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def text_loss(text_logits: Tensor, matching: Matching, is_related: Tensor) -> Tensor:
     """Compute the vision-language loss: binary cross-entropy of every (query, expression) pair.
 
-    The label is 1 where a matched query meets its own sample's expression. Nearly all pairs are negative,
-    so the sum over pairs is divided by the number of matched queries, not of pairs.
+    The label is 1 where a matched query meets its own sample's expression; an expression that refers to
+    nothing is a negative of every query. Nearly all pairs are negative, so the sum over pairs is divided not
+    by their number but by that of matched queries, where a sample without any counts as one.
 
     Args:
         text_logits: float[B, Q, E].
@@ -130,7 +151,22 @@ def text_loss(text_logits: Tensor, matching: Matching, is_related: Tensor) -> Te
     labels[matching.samples, matching.queries, matching.samples] = 1
     losses = F.binary_cross_entropy_with_logits(text_logits, labels, reduction="none")
     kept = losses.masked_fill(is_related.unsqueeze(1), 0)
-    return kept.sum() / max(len(matching.samples), 1)
+    num_unmatched = len(text_logits) - len(torch.unique(matching.samples))
+    return kept.sum() / (len(matching.samples) + num_unmatched)
+
+
+def no_target_loss(logits: Tensor, is_no_target: Tensor, weights: Sequence[float]) -> Tensor:
+    """Compute the weighted cross-entropy of the no-target head (supplement Eq. 2), before λ_nt.
+
+    Args:
+        logits: float[B, 2], index 1 for "refers to nothing".
+        is_no_target: bool[B].
+        weights: of the two classes; the weighted sum is divided by the sum of the weights.
+
+    Returns:
+        A scalar.
+    """
+    return F.cross_entropy(logits, is_no_target.long(), weight=logits.new_tensor(weights))
 
 
 def sample_at(masks: Tensor, points: Tensor) -> Tensor:
@@ -180,10 +216,12 @@ def related_pairs(
 ) -> Tensor:
     """Find the pairs that are not true negatives of the text loss.
 
+    An expression that refers to nothing shares neither targets nor a category with any other.
+
     Args:
         image_ids: of each sample.
         ann_ids: target instances of each sample.
-        category_ids: first target category of each sample.
+        category_ids: first target category of each sample, `NO_CATEGORY` without one.
         exclude: `referent` or `category`, see `LossConfig.vl_exclude`.
 
     Returns:
@@ -197,6 +235,13 @@ def related_pairs(
             shares_target = image_ids[first] == image_ids[second] and not ann_ids[first].isdisjoint(
                 ann_ids[second]
             )
-            shares_category = exclude == "category" and category_ids[first] == category_ids[second]
+            shares_category = (
+                exclude == "category" and category_ids[first] == category_ids[second] != NO_CATEGORY
+            )
             related[first, second] = related[second, first] = shares_target or shares_category
     return related
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Average over all values; 0, with gradients of 0, where there are none."""
+    return values.sum() / max(values.numel(), 1)

@@ -76,6 +76,8 @@ def count_parameters(encoders: EncoderSpec, config: ModelConfig) -> list[Paramet
         "sparse prompt": _size(model.sparse_prompt),
         "input projections": _size(model.language.projection) + _size(model.category_projection),
     }
+    if model.no_target is not None:
+        trainable["no-target head"] = _size(model.no_target)
     total = sum(trainable.values())
     assert total == _size(model), "every part of the model must be in the table"
     rows = [_row(name, count, is_frozen=True, encoders=encoders) for name, count in frozen.items()]

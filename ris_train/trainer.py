@@ -15,19 +15,17 @@ from torch import nn
 from tqdm import tqdm
 
 from ris_cache.ahead import map_ahead
-from ris_cache.datasets.selection import Selection, parse_selections
 from ris_cache.encoders.spec import spec_from_dict
 from ris_cache.encoders.weights import WeightsRecord
 from ris_cache.errors import ConfigError, DataError, NonFiniteError
-from ris_cache.store.cache import FeatureCache
+from ris_cache.store.cache import CategorySet, FeatureCache
 from ris_train.checkpoint import CategoryNames, CheckpointMetadata, save_checkpoint
 from ris_train.config import ModelConfig, RunConfig
 from ris_train.data.batch import Batch, BatchBuilder, CategorySource, default_category_source
 from ris_train.data.masks import TargetMasks
+from ris_train.data.merge import TrainingSet, common_categories, load_training_set
 from ris_train.data.sampler import batches
-from ris_train.data.samples import Sample, SampleSet, load_samples
 from ris_train.data.text import Tokenizer
-from ris_train.evaluate import GroundTruth, count_samples, score
 from ris_train.losses import total_loss
 from ris_train.model.bert import load_bert
 from ris_train.model.mask_decoder import load_sam_heads
@@ -35,6 +33,7 @@ from ris_train.model.segmenter import RisModel
 from ris_train.optim import build_optimiser, build_schedule, freeze_untrained
 from ris_train.run import RunDirectory
 from ris_train.scoring import Scores
+from ris_train.validation import Validation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,23 +41,25 @@ class TrainingReport:
     """What a run came to.
 
     Attributes:
-        best_step: step of the best checkpoint by oIoU on the validation selection.
+        best_step: step of the best checkpoint on the validation selection.
         best: its scores; `best.num_samples` may be fewer than the selection holds (`train.val_samples`).
+        headline: the metric that it is best by.
         val_size: expressions of the validation selection.
         category_source: which category the model was given.
         weights: labels of all weights that the scores rest on.
         seconds: of training, evaluations included.
-        left_out: training expressions without a usable mask or image.
+        training_set: what was trained on, and what was left out of it.
     """
 
     run: RunDirectory
     best_step: int
     best: Scores
+    headline: str
     val_size: int
     category_source: CategorySource
     weights: dict[str, str]
     seconds: float
-    left_out: int
+    training_set: TrainingSet
 
 
 def train(
@@ -87,16 +88,29 @@ def train(
     """
     torch.manual_seed(config.train.seed)
     cache = FeatureCache.open(cache_root, integrity=config.data.integrity)
-    train_set = load_samples(cache, _single(config.data.train, "data.train"), text=config.data.text)
-    val_set = load_samples(cache, _single(config.data.val, "data.val"), text=config.data.text)
-    usable = [sample for sample in train_set.samples if sample.ann_ids and not sample.is_degenerate]
-    left_out = len(train_set.samples) - len(usable) + train_set.quarantined
-    if not usable or not val_set.samples:
+    training_set = load_training_set(
+        cache,
+        config.data.train,
+        text=config.data.text,
+        leakage=config.data.leakage,
+        with_no_target=config.model.no_target_head,
+    )
+    if not training_set.samples:
         raise DataError(
-            f"{config.data.train} has {len(usable)} usable expressions and {config.data.val} "
-            f"{len(val_set.samples)}; both need at least one."
+            f"{config.data.train} has no usable expression: {_what_was_left_out(training_set)}.",
+            left_out=[part.as_dict() for part in training_set.parts],
         )
     tokenizer = Tokenizer.load(config.model.bert, config.model.max_tokens)
+    validation = Validation(cache, tokenizer, config, device)
+    categories = _categories(cache, config, training_set)
+    builder = BatchBuilder(
+        cache,
+        tokenizer,
+        categories=categories,
+        category_source=default_category_source(config),
+        device=device,
+    )
+    builder.require_categories(training_set.samples)
     model, bert_record = build_model(cache, config, tokenizer, random_seed=random_seed)
     model.to(device)
 
@@ -109,13 +123,12 @@ def train(
             "fingerprint": cache.fingerprint.digest,
             "weights": labels,
             "device": str(device),
+            "training_set": [part.as_dict() for part in training_set.parts],
         },
     )
     tokenizer.save(run.tokenizer_dir)
     optimiser = build_optimiser(model, config.train)
     schedule = build_schedule(optimiser, config.train)
-    builder = _batch_builder(cache, tokenizer, config, train_set, device)
-    validation = _Validation(cache, tokenizer, config, val_set, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     best: tuple[int, Scores] | None = None
@@ -123,7 +136,7 @@ def train(
     terms_since_log: list[dict[str, float]] = []
     model.train()
     with tqdm(total=config.train.steps, unit="step", desc="train", disable=not show_progress) as bar:
-        for step, batch in enumerate(_training_batches(cache, config, train_set, usable, builder), start=1):
+        for step, batch in enumerate(_training_batches(cache, config, training_set, builder), start=1):
             assert batch.targets is not None
             loss, terms = total_loss(model(batch.inputs), batch.targets, config.loss)
             optimiser.zero_grad(set_to_none=True)
@@ -147,19 +160,15 @@ def train(
                 bar.set_postfix(loss=f"{means['loss']:.2f}", refresh=False)
             if step % config.train.eval_every == 0 or is_last:
                 scores = validation.score(model)
-                fields = {"val": validation.label, "num_samples": scores.num_samples}
-                run.log({"step": step, **fields, **_score_fields(scores)})
-                metadata = _metadata(cache, config, model, bert_record, train_set, step, scores)
+                fields = {"val": validation.label, "rules": scores.rules, "num_samples": scores.num_samples}
+                run.log({"step": step, **fields, **scores.values})
+                metadata = _metadata(cache, config, model, bert_record, categories, step, scores)
                 save_checkpoint(run.checkpoint_path("last"), model, metadata)
-                if best is None or _is_better(scores, best[1]):
+                if best is None or validation.is_better(scores, best[1]):
                     best = (step, scores)
                     save_checkpoint(run.checkpoint_path("best"), model, metadata)
                 if show_progress:
-                    line = (
-                        f"step {step}: {validation.label} oIoU {100 * scores.overall_iou:.2f} "
-                        f"({scores.num_samples} expressions)"
-                    )
-                    bar.write(line, file=sys.stderr)
+                    bar.write(f"step {step}: {_shown(scores, validation)}", file=sys.stderr)
             if is_last:
                 break
     assert best is not None, "the last step evaluates"
@@ -167,11 +176,12 @@ def train(
         run=run,
         best_step=best[0],
         best=best[1],
-        val_size=len(val_set.samples),
+        headline=validation.rules.headline,
+        val_size=validation.size,
         category_source=default_category_source(config),
         weights=labels,
         seconds=time.monotonic() - started,
-        left_out=left_out,
+        training_set=training_set,
     )
 
 
@@ -219,76 +229,36 @@ def _require_widths_that_divide(config: ModelConfig, channels: int) -> None:
         raise ConfigError("; ".join(problems) + ".", problems=problems)
 
 
-class _Validation:
-    """The selection that chooses the best checkpoint, ready to be scored again and again."""
-
-    def __init__(
-        self,
-        cache: FeatureCache,
-        tokenizer: Tokenizer,
-        config: RunConfig,
-        samples: SampleSet,
-        device: torch.device,
-    ) -> None:
-        self.label = config.data.val
-        chosen = samples.samples
-        limit = config.train.val_samples
-        if limit is not None and limit < len(chosen):
-            chosen = tuple(chosen[index * len(chosen) // limit] for index in range(limit))
-        self._samples = chosen
-        self._batch_size = config.train.batch_size
-        self._builder = _batch_builder(cache, tokenizer, config, samples, device)
-        self._truth = GroundTruth(cache.instances(samples.table_name), cache.sizes)
-
-    def score(self, model: RisModel) -> Scores:
-        return score(
-            count_samples(model, self._samples, self._builder, self._truth, batch_size=self._batch_size)
-        )
-
-
-def _batch_builder(
-    cache: FeatureCache, tokenizer: Tokenizer, config: RunConfig, samples: SampleSet, device: torch.device
-) -> BatchBuilder:
-    return BatchBuilder(
-        cache,
-        tokenizer,
-        categories=cache.categories(cache.manifest.datasets[samples.table_name].category_set),
-        category_source=default_category_source(config),
-        device=device,
-    )
+def _categories(cache: FeatureCache, config: RunConfig, training_set: TrainingSet) -> CategorySet:
+    """Return the categories of a run; a model that reads none records those of its first dataset."""
+    reads_one = config.model.sparse_prompt == "category"
+    return common_categories(cache, training_set.table_names[: None if reads_one else 1])
 
 
 def _training_batches(
     cache: FeatureCache,
     config: RunConfig,
-    samples: SampleSet,
-    usable: list[Sample],
+    training_set: TrainingSet,
     builder: BatchBuilder,
 ) -> Iterator[Batch]:
     """Endless batches in the order of the sampler, built one thread ahead."""
-    masks = TargetMasks(cache.instances(samples.table_name), cache.sizes, config.loss.mask_size)
+    samples = training_set.samples
+    instances = {name: cache.instances(name) for name in training_set.table_names}
+    masks = TargetMasks(instances, cache.sizes, config.loss.mask_size)
     order = batches(
-        len(usable),
+        len(samples),
         config.train.batch_size,
         seed=config.train.seed,
         fingerprint=cache.fingerprint.digest,
     )
     return map_ahead(
         lambda indices: builder.training_batch(
-            [usable[index] for index in indices], masks, vl_exclude=config.loss.vl_exclude
+            [samples[index] for index in indices], masks, vl_exclude=config.loss.vl_exclude
         ),
         order,
         workers=1,
         depth=2,
     )
-
-
-def _single(text: str, key: str) -> Selection:
-    selections = parse_selections(text)
-    # A whole dataset would put its validation and test expressions into training.
-    if len(selections) != 1 or selections[0].split is None:
-        raise ConfigError(f"{key} takes one split such as refcoco:train, not {text!r}.", key=key)
-    return selections[0]
 
 
 def _require_finite(values: dict[str, float], step: int, batch: Batch) -> None:
@@ -304,17 +274,25 @@ def _require_finite(values: dict[str, float], step: int, batch: Batch) -> None:
         )
 
 
-def _is_better(new: Scores, best: Scores) -> bool:
-    """Compare by oIoU; NaN, from a selection whose masks are all empty, is worse than any score."""
-    return math.isnan(best.overall_iou) or new.overall_iou > best.overall_iou
+def _shown(scores: Scores, validation: Validation) -> str:
+    values = ", ".join(f"{name} {100 * value:.2f}" for name, value in scores.values.items())
+    return f"{validation.label} {values} (rules {scores.rules}, {scores.num_samples} expressions)"
+
+
+def _what_was_left_out(training_set: TrainingSet) -> str:
+    counts = {
+        "refer to nothing, which a model without model.no_target_head cannot learn": sum(
+            part.no_target for part in training_set.parts
+        ),
+        "have an annotation that encloses nothing": sum(part.degenerate for part in training_set.parts),
+        "are of an unreadable image": sum(part.quarantined for part in training_set.parts),
+        "are of an image that a validation or test split holds": training_set.left_out_for_leakage,
+    }
+    return "; ".join(f"{count} {what}" for what, count in counts.items() if count) or "it is empty"
 
 
 def _means(records: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(record[name] for record in records) / len(records) for name in records[0]}
-
-
-def _score_fields(scores: Scores) -> dict[str, float]:
-    return {"oIoU": scores.overall_iou, "mIoU": scores.mean_iou}
 
 
 def _metadata(
@@ -322,12 +300,11 @@ def _metadata(
     config: RunConfig,
     model: RisModel,
     bert_record: WeightsRecord,
-    samples: SampleSet,
+    categories: CategorySet,
     step: int,
     scores: Scores,
 ) -> CheckpointMetadata:
     fields: dict[str, Any] = cache.fingerprint.fields
-    categories = cache.categories(cache.manifest.datasets[samples.table_name].category_set)
     return CheckpointMetadata(
         config=config,
         encoders=fields["encoders"],
@@ -339,5 +316,5 @@ def _metadata(
         ),
         bert=model.language.bert.config.to_diff_dict(),
         step=step,
-        val=_score_fields(scores),
+        val=scores.values,
     )

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ris_cache.errors import ConfigError
 from ris_cache.store.cache import CategorySet, FeatureBatch, FeatureCache
 from ris_train.config import RunConfig
 from ris_train.data.masks import TargetMasks
@@ -73,9 +74,31 @@ class BatchBuilder:
         self._device = device
 
     def inputs(self, samples: Sequence[Sample]) -> ModelInputs:
-        """Read the features of the samples and cut their expressions."""
-        features = self._cache.read([sample.image_id for sample in samples])
-        decoded = self._decoded(features)
+        """Read the features of the samples, one row per sample, and cut their expressions.
+
+        Raises:
+            ConfigError: a sample lacks the category that the model is to be given.
+        """
+        return self._build(samples, [sample.image_id for sample in samples], image_index=None)
+
+    def grouped_inputs(self, samples: Sequence[Sample]) -> ModelInputs:
+        """Read the features of each image once, one row per image, and cut the expressions.
+
+        Images come in the order of their first sample; `image_index` says which one each sample is of.
+
+        Raises:
+            ConfigError: as `inputs`.
+        """
+        rows: dict[int, int] = {}
+        index = [rows.setdefault(sample.image_id, len(rows)) for sample in samples]
+        return self._build(
+            samples, list(rows), image_index=self._move(torch.tensor(index, dtype=torch.int64))
+        )
+
+    def _build(
+        self, samples: Sequence[Sample], image_ids: Sequence[int], *, image_index: Tensor | None
+    ) -> ModelInputs:
+        decoded = self._decoded(self._cache.read(image_ids))
         token_ids, text_mask = self._tokenizer.encode([sample.text for sample in samples])
         return ModelInputs(
             image_embeddings=decoded["sam"],
@@ -83,20 +106,22 @@ class BatchBuilder:
             token_ids=self._move(token_ids),
             text_mask=self._move(text_mask),
             category_embeddings=self._categories(samples),
+            image_index=image_index,
         )
 
     def training_batch(self, samples: Sequence[Sample], masks: TargetMasks, *, vl_exclude: str) -> Batch:
-        """Build a batch with targets; every sample must have at least one target."""
-        instance_masks, instance_samples, unions = [], [], []
-        for row, sample in enumerate(samples):
-            own = [masks.of(ann_id) for ann_id in sample.ann_ids]
-            instance_masks += own
-            instance_samples += [row] * len(own)
-            unions.append(np.logical_or.reduce(own))
+        """Build a batch with targets; a sample that refers to nothing has an empty mask and no instance."""
+        owners = [row for row, sample in enumerate(samples) for _ in sample.ann_ids]
+        instance_masks = np.zeros((len(owners), masks.size, masks.size), dtype=bool)
+        unions = np.zeros((len(samples), masks.size, masks.size), dtype=bool)
+        wanted = [(sample.table_name, ann_id) for sample in samples for ann_id in sample.ann_ids]
+        for position, (row, key) in enumerate(zip(owners, wanted, strict=True)):
+            instance_masks[position] = masks.of(*key)
+            unions[row] |= instance_masks[position]
         targets = Targets(
-            masks=self._float(np.stack(unions)),
-            instance_masks=self._float(np.stack(instance_masks)),
-            instance_samples=self._move(torch.tensor(instance_samples)),
+            masks=self._float(unions),
+            instance_masks=self._float(instance_masks),
+            instance_samples=self._move(torch.tensor(owners, dtype=torch.int64)),
             is_related=self._move(
                 related_pairs(
                     [sample.image_id for sample in samples],
@@ -112,14 +137,33 @@ class BatchBuilder:
         """Build a batch without targets."""
         return Batch(samples=tuple(samples), inputs=self.inputs(samples), targets=None)
 
+    def require_categories(self, samples: Sequence[Sample]) -> None:
+        """Refuse samples without the category that the model is to be given.
+
+        Raises:
+            ConfigError: naming the first of them.
+        """
+        if self._category_source == "none":
+            return
+        missing = [sample for sample in samples if self._category_id(sample) not in self._category_row]
+        if missing:
+            raise ConfigError(
+                f"{len(missing)} expressions have no {self._category_source} category, which this model "
+                f"reads; the first is {missing[0].text!r} (sent_id {missing[0].sent_id} of "
+                f"{missing[0].table_name}). Expressions that refer to nothing never have an annotated one: "
+                "use --category predicted in `ris eval`, or train with model.sparse_prompt=cls.",
+                category_source=self._category_source,
+                sent_ids=[sample.sent_id for sample in missing],
+            )
+
+    def _category_id(self, sample: Sample) -> int:
+        return sample.category_id if self._category_source == "annotated" else sample.clip_category_id
+
     def _categories(self, samples: Sequence[Sample]) -> Tensor | None:
         if self._category_source == "none":
             return None
-        ids = [
-            sample.category_id if self._category_source == "annotated" else sample.clip_category_id
-            for sample in samples
-        ]
-        rows = [self._category_row[category_id] for category_id in ids]
+        self.require_categories(samples)
+        rows = [self._category_row[self._category_id(sample)] for sample in samples]
         return self._move(self._category_embeddings[rows])
 
     def _decoded(self, features: FeatureBatch) -> dict[str, Tensor]:

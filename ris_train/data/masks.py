@@ -21,7 +21,7 @@ class TargetMasks:
     """Rasterises instances on the loss grid and remembers the latest ones, one bit a cell.
 
     Args:
-        instances: by ann_id.
+        instances: of each table, by ann_id.
         sizes: (H, W) of each image, by image_id: the frame that its polygons are given in.
         size: S.
         max_cached: instances remembered; at S = 1024 each takes 128 KiB.
@@ -29,7 +29,7 @@ class TargetMasks:
 
     def __init__(
         self,
-        instances: Mapping[int, InstanceRecord],
+        instances: Mapping[str, Mapping[int, InstanceRecord]],
         sizes: Mapping[int, tuple[int, int]],
         size: int,
         *,
@@ -39,23 +39,29 @@ class TargetMasks:
         self._sizes = sizes
         self._size = size
         self._max_cached = max_cached
-        self._packed: OrderedDict[int, npt.NDArray[np.uint8]] = OrderedDict()
+        self._packed: OrderedDict[tuple[str, int], npt.NDArray[np.uint8]] = OrderedDict()
 
-    def of(self, ann_id: int) -> Mask:
-        """Mask of one instance: bool[S, S]."""
-        packed = self._packed.get(ann_id)
+    @property
+    def size(self) -> int:
+        """S."""
+        return self._size
+
+    def of(self, table_name: str, ann_id: int) -> Mask:
+        """Mask of one instance of a table: bool[S, S]."""
+        key = (table_name, ann_id)
+        packed = self._packed.get(key)
         if packed is None:
-            packed = np.packbits(self._rasterise(ann_id))
-            self._packed[ann_id] = packed
+            packed = np.packbits(self._rasterise(table_name, ann_id))
+            self._packed[key] = packed
             if len(self._packed) > self._max_cached:
                 self._packed.popitem(last=False)
         else:
-            self._packed.move_to_end(ann_id)
+            self._packed.move_to_end(key)
         cells = np.unpackbits(packed, count=self._size * self._size)
         return cells.reshape(self._size, self._size).astype(bool)
 
-    def _rasterise(self, ann_id: int) -> Mask:
-        instance = self._instances[ann_id]
+    def _rasterise(self, table_name: str, ann_id: int) -> Mask:
+        instance = self._instances[table_name][ann_id]
         return rasterise(
             instance.segmentation,
             frame_size=self._sizes[instance.image_id],

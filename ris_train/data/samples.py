@@ -16,13 +16,15 @@ class Sample:
     """One expression, the unit of training and of evaluation.
 
     Attributes:
+        table_name: `dataset.split_by`, whose instances `ann_ids` are.
         text: the expression as the model reads it.
-        ann_ids: target instances.
+        ann_ids: target instances; empty if the expression refers to nothing.
         category_id: annotated category of the first target, raw COCO id; −1 without one.
         clip_category_id: the category that CLIP-T finds nearest to the expression.
         is_degenerate: targets exist, but their polygons enclose nothing.
     """
 
+    table_name: str
     split: str
     ref_id: int
     sent_id: int
@@ -33,13 +35,18 @@ class Sample:
     clip_category_id: int
     is_degenerate: bool
 
+    @property
+    def is_no_target(self) -> bool:
+        """Whether the expression is annotated as referring to nothing."""
+        return not self.ann_ids
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSet:
     """The samples of one selection, in the order of the dataset's file.
 
     Attributes:
-        table_name: `dataset.split_by`, whose instances the samples refer to.
+        table_name: `dataset.split_by`, that of every sample.
         quarantined: expressions left out because their image could not be read at extraction.
     """
 
@@ -69,7 +76,9 @@ def load_samples(cache: FeatureCache, selection: Selection, *, text: str) -> Sam
             table_name=selection.table_name,
         )
     splits = (
-        tuple(entry.splits) if selection.split is None else matching_splits(selection.split, entry.splits)
+        tuple(entry.splits)
+        if selection.split is None
+        else matching_splits(selection.split, entry.splits, selection.dataset)
     )
     if not splits:
         raise CacheMissError(
@@ -85,6 +94,7 @@ def load_samples(cache: FeatureCache, selection: Selection, *, text: str) -> Sam
     quarantined = cache.quarantined
     samples = tuple(
         Sample(
+            table_name=selection.table_name,
             split=expression.split,
             ref_id=expression.ref_id,
             sent_id=expression.sent_id,

@@ -1,12 +1,14 @@
 """Multi-head attention with a boolean mask, as DFAM and the sparse prompt use it.
 
-B samples, Q queries, K keys, C channels, H heads.
+B samples, I images, Q queries, K keys, C channels, H heads.
 """
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ris_train.model.rows import per_sample
 
 
 class Attention(nn.Module):
@@ -28,7 +30,15 @@ class Attention(nn.Module):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None = None,
+        *,
+        image_index: Tensor | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
@@ -37,14 +47,16 @@ class Attention(nn.Module):
             value: float[B, K, C].
             mask: bool, broadcastable to [B, H, Q, K], true where a query may attend; every query needs
                 at least one true key.
+            image_index: int64[B]; given, key and value hold one row per image, [I, K, C], which is projected
+                once, and image_index says which row each sample attends to.
 
         Returns:
             float[B, Q, C].
         """
         attended = F.scaled_dot_product_attention(
             self._split(self.q_proj(query)),
-            self._split(self.k_proj(key)),
-            self._split(self.v_proj(value)),
+            self._split(per_sample(self.k_proj(key), image_index)),
+            self._split(per_sample(self.v_proj(value), image_index)),
             attn_mask=mask,
         )
         merged: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))

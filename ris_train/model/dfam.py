@@ -1,7 +1,7 @@
 """DFAM: queries that read SAM's and CLIP's pyramids in turn (method Sec. 3.3; supplement Table 2: 6.90 M).
 
-B samples, E expressions in the batch (E = B), Q queries, C channels, P side of SAM's embedding grid,
-D_text width of BERT. Three layers, l = 1 … 3; predictions exist for l = 0 … 3.
+B samples, I images, E expressions in the batch (E = B), Q queries, C channels, P side of SAM's embedding
+grid, D_text width of BERT. Three layers, l = 1 … 3; predictions exist for l = 0 … 3.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ris_cache.encoders.positions import sine_positions
 from ris_train.model.attention import Attention
+from ris_train.model.rows import per_sample
 
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's bound, so that the temperature cannot run away
 
@@ -88,6 +89,8 @@ class Dfam(nn.Module):
         sam_levels: Sequence[Tensor],
         clip_levels: Sequence[Tensor],
         sentences: Tensor,
+        *,
+        image_index: Tensor | None = None,
     ) -> list[DfamPrediction]:
         """Run the layers and the heads after each.
 
@@ -96,15 +99,18 @@ class Dfam(nn.Module):
             sam_levels: float[B, C, h, w] SAM pyramid, coarsest first, one per layer.
             clip_levels: float[B, C, h, w] pixel decoder levels, coarsest first, one per layer.
             sentences: float[E, D_text], BERT's [CLS] of every expression in the batch.
+            image_index: int64[B]; given, image_embeddings and sam_levels hold one row per image, [I, …], and
+                image_index says which row each sample reads.
 
         Returns:
             Predictions for l = 0 … N_l; only the text logits relate samples to one another.
         """
-        batch_size = image_embeddings.shape[0]
+        batch_size = sentences.shape[0]
+        read_out = per_sample(image_embeddings, image_index)
         text = F.normalize(self.text_projection(sentences), dim=-1)
         positions = self.query_positions.weight.expand(batch_size, -1, -1)
         queries = self.query_features.weight.expand(batch_size, -1, -1)
-        prediction = self._predict(queries, queries, image_embeddings, text)
+        prediction = self._predict(queries, queries, read_out, text)
         predictions = [prediction]
         for index, (sam_level, clip_level) in enumerate(zip(sam_levels, clip_levels, strict=True)):
             queries = self.sam_layers[index](
@@ -112,6 +118,7 @@ class Dfam(nn.Module):
                 positions,
                 sam_level + self.sam_level_embed.weight[index, :, None, None],
                 attention_mask(prediction.mask_logits, sam_level.shape[-2:]),
+                image_index=image_index,
             )
             aside = self.clip_layers[index](
                 queries,
@@ -119,7 +126,7 @@ class Dfam(nn.Module):
                 clip_level + self.clip_level_embed.weight[index, :, None, None],
                 attention_mask(prediction.mask_logits, clip_level.shape[-2:]),
             )
-            prediction = self._predict(queries, aside, image_embeddings, text)
+            prediction = self._predict(queries, aside, read_out, text)
             predictions.append(prediction)
         return predictions
 
@@ -155,7 +162,15 @@ class QueryLayer(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(channels, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, channels))
         self.ffn_norm = nn.LayerNorm(channels)
 
-    def forward(self, queries: Tensor, positions: Tensor, level: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        queries: Tensor,
+        positions: Tensor,
+        level: Tensor,
+        mask: Tensor,
+        *,
+        image_index: Tensor | None = None,
+    ) -> Tensor:
         """Update the queries.
 
         Args:
@@ -163,6 +178,7 @@ class QueryLayer(nn.Module):
             positions: float[B, Q, C], added to queries wherever they ask or are asked.
             level: float[B, C, h, w].
             mask: bool[B, Q, h·w], true where a query may attend.
+            image_index: int64[B]; given, level holds one row per image, [I, C, h, w].
 
         Returns:
             float[B, Q, C].
@@ -171,7 +187,11 @@ class QueryLayer(nn.Module):
         cells = level.flatten(2).transpose(1, 2)
         where = sine_positions(height, width, level.shape[1], device=level.device).flatten(2).transpose(1, 2)
         gathered = self.cross_attention(
-            queries + positions, cells + where.to(cells.dtype), cells, mask=mask.unsqueeze(1)
+            queries + positions,
+            cells + where.to(cells.dtype),
+            cells,
+            mask=mask.unsqueeze(1),
+            image_index=image_index,
         )
         queries = self.cross_norm(queries + gathered)
         placed = queries + positions

@@ -1,12 +1,14 @@
 """Pixel-word attention: each CLIP cell gathers the words that concern it (PWAM of LAVT, Yang et al. 2022).
 
-B samples, N = P_clip² patch tokens, L words, D_clip channels of the patch tokens, C unified width.
+B samples, I images, N = P_clip² patch tokens, L words, D_clip channels of the patch tokens, C unified width.
 """
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ris_train.model.rows import per_sample
 
 
 class PixelWordAttention(nn.Module):
@@ -29,18 +31,28 @@ class PixelWordAttention(nn.Module):
         self.gate = nn.Linear(clip_width, channels)
         self.output = nn.Linear(channels, channels)
 
-    def forward(self, clip_features: Tensor, words: Tensor, text_mask: Tensor) -> Tensor:
+    def forward(
+        self,
+        clip_features: Tensor,
+        words: Tensor,
+        text_mask: Tensor,
+        *,
+        image_index: Tensor | None = None,
+    ) -> Tensor:
         """Fuse.
 
         Args:
             clip_features: float[B, N, D_clip], N a square number, cells row by row.
             words: float[B, L, C].
             text_mask: bool[B, L], true on real tokens; padding gets exactly no weight.
+            image_index: int64[B]; given, clip_features hold one row per image, [I, N, D_clip], and what
+                depends on them alone is computed once per image.
 
         Returns:
             float[B, C, P_clip, P_clip], F_fused.
         """
-        query = _instance_norm(self.query(clip_features)).unsqueeze(1)
+        query = per_sample(_instance_norm(self.query(clip_features)), image_index).unsqueeze(1)
+        gate = per_sample(F.gelu(self.gate(clip_features)), image_index)
         gathered = F.scaled_dot_product_attention(
             query,
             self.key(words).unsqueeze(1),
@@ -48,7 +60,7 @@ class PixelWordAttention(nn.Module):
             attn_mask=text_mask[:, None, None, :],
         ).squeeze(1)
         gathered = _instance_norm(self.attended(gathered))
-        fused = F.gelu(self.output(gathered * F.gelu(self.gate(clip_features))))
+        fused = F.gelu(self.output(gathered * gate))
         grid = int(clip_features.shape[1] ** 0.5)
         return fused.transpose(1, 2).reshape(fused.shape[0], -1, grid, grid)
 

@@ -1,6 +1,6 @@
 """The trainable model, assembled as the paper's figure shows it.
 
-B samples, C unified width, P side of SAM's embedding grid, N patch tokens, L word pieces.
+B samples, I images, C unified width, P side of SAM's embedding grid, N patch tokens, L word pieces.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from ris_train.config import ModelConfig
 from ris_train.model.dfam import Dfam, DfamPrediction
 from ris_train.model.language import LanguageEncoder
 from ris_train.model.mask_decoder import BatchedMaskDecoder
+from ris_train.model.no_target import NoTargetHead
 from ris_train.model.pixel_decoder import NUM_LEVELS, PixelDecoder
 from ris_train.model.pwam import PixelWordAttention
 from ris_train.model.pyramid import SimpleFeaturePyramid
+from ris_train.model.rows import per_sample
 from ris_train.model.sparse_prompt import SparsePrompt
 
 ensure_torchvision()
@@ -37,6 +39,9 @@ class ModelInputs:
         token_ids: int64[B, L].
         text_mask: bool[B, L], true on real tokens.
         category_embeddings: float[B, D_joint], CLIP-T embedding of the category; None for `cls` models.
+        image_index: int64[B] or None. Given, image_embeddings and clip_features hold one row per image, I
+            instead of B, and image_index says which row each sample uses: what the image alone decides is
+            then computed once for all its expressions. The outputs are those of the expanded batch.
     """
 
     image_embeddings: Tensor
@@ -44,6 +49,7 @@ class ModelInputs:
     token_ids: Tensor
     text_mask: Tensor
     category_embeddings: Tensor | None
+    image_index: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +59,18 @@ class ModelOutputs:
     Attributes:
         mask_logits: float[B, 4P, 4P], M_SAM over the squashed input frame.
         dfam: predictions of DFAM for l = 0 … N_l; None where it was skipped.
+        no_target_logits: float[B, 2], index 1 for "refers to nothing"; None without a head, or where DFAM,
+            which the head reads, was skipped.
     """
 
     mask_logits: Tensor
     dfam: list[DfamPrediction] | None
+    no_target_logits: Tensor | None = None
+
+    @property
+    def says_no_target(self) -> Tensor | None:
+        """bool[B], where the head finds that the expression refers to nothing; None without its logits."""
+        return None if self.no_target_logits is None else self.no_target_logits.argmax(dim=1) == 1
 
 
 class RisModel(nn.Module):
@@ -98,16 +112,25 @@ class RisModel(nn.Module):
         self.mask_decoder = BatchedMaskDecoder(
             build_mask_decoder(encoders.sam), build_prompt_encoder(encoders.sam)
         )
+        # The last to draw from the random generator, so that the other parts start alike with and without.
+        self.no_target = NoTargetHead(channels) if config.no_target_head else None
+
+    @property
+    def has_no_target_head(self) -> bool:
+        """Whether the model judges if an expression refers to anything; it needs DFAM for that."""
+        return self.no_target is not None
 
     def forward(self, inputs: ModelInputs, *, with_dfam: bool = True) -> ModelOutputs:
         """Segment.
 
         Args:
             inputs: the batch.
-            with_dfam: whether to run DFAM. The mask does not depend on it, so evaluation leaves it out.
+            with_dfam: whether to run DFAM. The mask does not depend on it, so evaluation leaves it out,
+                unless the model has a no-target head, which reads DFAM's queries.
         """
         text = self.language(inputs.token_ids, inputs.text_mask)
-        fused = self.pwam(inputs.clip_features, text.words, inputs.text_mask)
+        index = inputs.image_index
+        fused = self.pwam(inputs.clip_features, text.words, inputs.text_mask, image_index=index)
         decoded = self.pixel_decoder(self.clip_pyramid(fused))
         if self.category_projection is None:
             query = text.sentence
@@ -121,14 +144,20 @@ class RisModel(nn.Module):
             align_corners=False,
         )
         mask_logits = self.mask_decoder(
-            inputs.image_embeddings,
+            per_sample(inputs.image_embeddings, index),
             self.sparse_prompt(query, text.words, inputs.text_mask),
             dense_prompt,
         )
-        predictions = None
+        predictions, no_target_logits = None, None
         if with_dfam:
             sam_levels = self.sam_pyramid(inputs.image_embeddings)
             predictions = self.dfam(
-                inputs.image_embeddings, sam_levels[::-1], decoded.levels[::-1], text.raw_sentence
+                inputs.image_embeddings,
+                sam_levels[::-1],
+                decoded.levels[::-1],
+                text.raw_sentence,
+                image_index=index,
             )
-        return ModelOutputs(mask_logits=mask_logits, dfam=predictions)
+            if self.no_target is not None:
+                no_target_logits = self.no_target(predictions[-1].queries)
+        return ModelOutputs(mask_logits=mask_logits, dfam=predictions, no_target_logits=no_target_logits)

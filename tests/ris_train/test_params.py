@@ -88,6 +88,14 @@ def test_the_tiny_preset_counts_what_its_model_holds_and_claims_no_paper() -> No
     assert not any(row.paper or row.note for row in rows.values())
 
 
+def test_a_no_target_head_is_a_row_of_its_own(paper: dict[str, ParameterRow]) -> None:
+    """Two layers of 256·256 + 256 and 256·2 + 2; without the category's projection of 768·256 + 256."""
+    rows = {row.name: row for row in count_parameters(PAPER, load_config(recipe="gres").model)}
+    assert rows["no-target head"].count == 66_306
+    assert rows["trainable"].count == paper["trainable"].count + 66_306 - 196_864
+    assert "no-target head" not in paper
+
+
 def test_nothing_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor of the counted modules lies on the meta device; at full size they would fill 2 GiB."""
     devices: set[str] = set()

@@ -53,7 +53,7 @@ def _one_batch(cache_root, config: RunConfig, size: int):
     builder = BatchBuilder(
         cache, tokenizer, categories=cache.categories("refcoco.unc"), category_source="none", device=CPU
     )
-    masks = TargetMasks(cache.instances("refcoco.unc"), cache.sizes, config.loss.mask_size)
+    masks = TargetMasks({"refcoco.unc": cache.instances("refcoco.unc")}, cache.sizes, config.loss.mask_size)
     return model, builder.training_batch(chosen, masks, vl_exclude="referent")
 
 
@@ -93,17 +93,17 @@ def test_ten_steps_reproduce_the_pinned_losses(tiny_cache, tmp_path):
 
 
 def test_degenerate_targets_are_left_out_of_training_and_counted(tiny_cache, tmp_path, monkeypatch):
-    from ris_train import trainer
+    from ris_train.data import merge
 
     def with_degenerate(*args, **kwargs):
         loaded = load_samples(*args, **kwargs)
         first, *others = loaded.samples
         return replace(loaded, samples=(replace(first, is_degenerate=True), *others))
 
-    monkeypatch.setattr(trainer, "load_samples", with_degenerate)
+    monkeypatch.setattr(merge, "load_samples", with_degenerate)
     config = _config("train.steps=1", "train.batch_size=2", "train.val_samples=2")
     report = train(tiny_cache, config, tmp_path / "run", device=CPU, random_seed=0)
-    assert report.left_out == 1
+    assert report.training_set.left_out == 1
 
 
 def test_a_number_that_breaks_names_the_step_the_term_and_the_samples(tiny_cache):

@@ -97,6 +97,16 @@ def test_an_empty_bin_is_shown_with_dashes(make_table, method_of):
     assert breakdown_dict(comparison, breakdowns[0])["bins"][1]["num_samples"] == 0
 
 
+def test_targets_without_a_category_have_a_bin_of_their_own(make_table):
+    made = make_table(1)
+    count = made.columns["num_same_category"].copy()
+    count[:3] = 0
+    bins = BINNINGS["objects"](with_columns(made, num_same_category=count))
+    assert [label for label, _ in bins] == ["no category", "1", "2", "3", "4+"]
+    assert bins[0][1].sum() == 3
+    assert (np.sum([chosen for _, chosen in bins], axis=0) == 1).all()
+
+
 def test_the_table_names_rules_grid_and_category_sources(table, method_of):
     comparison = compare([method_of("a", table, category_source="predicted")], num_resamples=20)
     (laid,) = breakdown_tables(comparison, "size", break_down(comparison, "size"))

@@ -15,6 +15,7 @@ from ris_train.compare.formats import FORMATS, to_csv, to_latex, to_markdown, to
 from ris_train.compare.methods import published_row
 from ris_train.compare.report import choose_format, make_report
 from ris_train.compare.tables import Block, Cell, Column, Row, Table, interval_cell, percent, score_cell
+from ris_train.scoring.rules import RULES
 
 NASTY = r"a|b_c & 50% \x{y} $z$ #1 ~^ <i> [k] *b* `q`"
 
@@ -86,7 +87,7 @@ def test_markdown_rows_have_one_entry_per_column_whatever_the_names():
     assert len(rows) == 4  # titles, rule, block, row
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {6}
     assert rows[1] == "| --- | --- | ---: | ---: | ---: |"
-    assert r"a\|b\_c & 50% \\x{y} $z$ \#1 \~^ \<i\> \[k\] \*b\* \`q\`" in rows[3]
+    assert r"a\|b\_c \& 50% \\x{y} \$z\$ \#1 \~^ \<i\> \[k\] \*b\* \`q\`" in rows[3]
 
 
 def test_latex_escapes_every_special_character():
@@ -118,8 +119,15 @@ def test_latex_rules_under_groups_name_their_columns():
     assert "{5-5}" not in to_latex([table_of("a")])
 
 
-def test_a_latex_row_that_begins_with_a_bracket_is_no_length():
-    assert "\n{}[a] & none" in to_latex([table_of("[a]")])
+@pytest.mark.parametrize("label", ["[a]", "*a"])
+def test_a_latex_row_cannot_be_read_as_part_of_the_line_break_above_it(label):
+    assert f"\n{{}}{label} & none" in to_latex([table_of(label)])
+
+
+def test_straight_quotes_need_no_other_font_encoding_in_latex():
+    text = to_latex([table_of('the "best"')])
+    assert "the ''best''" in text
+    assert "textquotedbl" not in text
 
 
 def test_latex_holds_no_character_that_plain_pdflatex_lacks(report):
@@ -134,6 +142,44 @@ def test_terminal_columns_line_up_with_wide_names():
     assert "30.00  50.00 [40.00, 60.00]     –" in wide
     assert "¹ note 日本語" in wide
     assert "¹" not in narrow
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 400])
+def test_on_a_terminal_no_line_is_wider_than_it_and_no_cell_is_lost(make_table, method_of, width):
+    splits = {("refcoco.unc", name): 5 for name in ("val", "testA", "testB")}
+    methods = [method_of(name, make_table(seed, splits)) for seed, name in enumerate("abc")]
+    report = make_report(compare(methods, num_resamples=20), layout="table1", by="size")
+    text = report.text("terminal", width=width)
+    assert max(map(len, text.splitlines())) <= width
+    printed = text.split()
+    for table in report.tables:
+        for row in table.rows:
+            assert all(part in printed for cell in row.cells for part in cell.text.split())
+    if width == 400:
+        assert text.count("Methods") == 1
+    assert report.text("terminal") == to_terminal(report.tables)
+
+
+def test_groups_of_columns_stay_together_if_they_fit():
+    columns = tuple(Column(group, title) for group in ("Val", "TestA") for title in ("oIoU", "mIoU"))
+    row = Row(label="method", cells=(score_cell(0.1),) * 4)
+    table = Table(
+        title="t", lead_titles=("m",), columns=columns, blocks=(Block(title="", rows=(row,)),), caption="c"
+    )
+    lines = [line.split() for line in to_terminal([table], width=26).splitlines()]
+    assert [line for line in lines if line[0] == "m"] == [["m", "oIoU", "mIoU"]] * 2
+    assert [line for line in lines if line in (["Val"], ["TestA"])] == [["Val"], ["TestA"]]
+
+
+def test_csv_rows_of_intervals_and_breakdowns_tell_rule_sets_apart(make_table, method_of):
+    method = method_of("a", make_table(1, views=("original", "1024")))
+    rules = [RULES["ris"], RULES["dfam"]]
+    report = make_report(compare([method], rules=rules, num_resamples=5), by="size")
+    for part in report.text("csv").split("\n\n"):
+        for row in csv.DictReader(io.StringIO(part)):
+            if row.get("Methods") != "samples":
+                assert row["rules"] in ("ris", "dfam")
+                assert row["grid"].startswith("original" if row["rules"] == "ris" else "1024 × 1024")
 
 
 def test_long_group_names_widen_their_columns():

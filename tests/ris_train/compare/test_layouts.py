@@ -174,11 +174,12 @@ def test_a_row_that_was_asked_for_is_never_dropped_in_silence():
 
 
 def test_every_rule_set_has_its_own_table_naming_rules_and_grid(make_table, method_of):
-    method = method_of("a", make_table(1, views=("original", "1024")))
+    method = method_of("a", make_table(1, views=("original", "1024")), weights="sam a")
     tables = lay_out(compare([method], rules=[RULES["ris"], RULES["ris@1024"]], num_resamples=0))
     assert [table.caption for table in tables] == [
-        "rules: ris · grid: original frame, probability > 0.5 · scores in percent",
-        "rules: ris@1024 · grid: 1024 × 1024 squash, polygons drawn there, probability > 0.5 · scores in percent",
+        "rules: ris · grid: original frame, probability > 0.5 · scores in percent · weights: sam a",
+        "rules: ris@1024 · grid: 1024 × 1024 squash, polygons drawn there, probability > 0.5 · "
+        "scores in percent · weights: sam a",
     ]
 
 
@@ -220,6 +221,45 @@ def test_another_text_shuffling_and_resized_masks_are_marked(make_table, method_
         "expressions shuffled(seed=0)",
         "masks resized",
     ]
+
+
+def test_other_weights_are_marked_and_those_of_the_first_scored_row_are_in_the_caption(make_table, method_of):
+    table = make_table(1)
+    methods = [
+        published_row("ours"),
+        method_of("a", table, weights="sam vit_b"),
+        method_of("b", table, weights="sam random(seed=0)"),
+    ]
+    (laid,) = lay_out(compare(methods, num_resamples=0))
+    assert laid.caption.endswith("weights: sam vit_b") or "weights: sam vit_b ·" in laid.caption
+    other = "rests on other weights than a: sam random(seed=0)"
+    assert [other in notes_of(laid, row.label) for row in laid.rows] == [False, False, True, False]
+
+
+def test_a_decision_for_want_of_a_head_is_marked(make_table, method_of):
+    splits = {("grefcoco.unc", "val"): 8, ("grefcoco.unc", "testA"): 8}
+    tables = [make_table(1, splits, no_target=0.4, has_head=has_head) for has_head in (True, False)]
+    methods = [method_of("head", tables[0]), method_of("mask", tables[1])]
+    (laid,) = lay_out(compare(methods, num_resamples=0))
+    assert notes_of(laid, "head") == []
+    assert notes_of(laid, "mask") == ["has no no-target head: an empty mask counts as that decision"]
+
+
+def test_what_a_method_does_not_state_is_said_in_words(make_table, method_of):
+    table = make_table(1)
+    other = method_of("b", table, text="not stated", category_source="not stated")
+    (laid,) = lay_out(compare([method_of("a", table), other], num_resamples=0))
+    assert notes_of(laid, "b") == [
+        "does not state which category it is given, if any; a is given no category",
+        "does not state which form of the expressions it reads; a reads expressions as they were typed (raw)",
+    ]
+
+
+def test_degenerate_annotations_are_counted_in_the_caption(make_table, method_of):
+    table = make_table(1)
+    table.columns["is_degenerate"][:3] = True
+    (laid,) = lay_out(compare([method_of("a", table)], num_resamples=0))
+    assert "3 samples of a degenerate annotation, scored with an empty truth" in laid.caption
 
 
 def test_published_rows_are_marked_and_say_that_the_samples_are_others(scored):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ris_cache.errors import CheckpointError, ConfigError, DataError
@@ -180,3 +182,68 @@ def test_a_google_split_is_not_called_by_the_bare_name():
         dataset_title(name) for name in ("refcocog.umd", "refcocog.google", "custom.birds", "ref-zom.final")
     ]
     assert titles == ["G-Ref", "G-Ref (google)", "birds", "Ref-ZOM"]
+
+
+def damaged(whole, columns):
+    """The table with some columns of one value throughout."""
+    for name, value in columns.items():
+        old = whole.columns[name]
+        whole.columns[name] = [value] * len(old) if isinstance(old, list) else np.full_like(old, value)
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ({"I:original": 2**30}, "An intersection exceeds the prediction"),
+        ({"I:original": -1, "P:original": -1}, "An intersection is negative"),
+        ({"I:original": 0, "P:original": 2**62, "G:original": 2**62}, f"{2**62} pixels of one image"),
+        ({"is_no_target": True}, "annotated as no-target has ground-truth pixels"),
+        ({"says_no_target": True}, "without a no-target head says no-target"),
+        ({"num_words": -1}, "num_words is negative"),
+        ({"num_same_category": -1}, "num_same_category is negative"),
+        ({"split": "\x1b[31mval"}, "'\\x1b[31mval' of a dataset, split or view cannot be printed"),
+        ({"table": "refcoco"}, "'refcoco' is not of the form dataset.split_by"),
+    ],
+)
+def test_a_damaged_table_is_refused_by_name(tmp_path, runs, make_table, columns, problem):
+    path = tmp_path / "t.parquet"
+    damaged(make_table(), columns).write(path)
+    with pytest.raises(DataError, match=re.escape(problem)) as caught:
+        found(runs, path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [10**400, -1, True, "many", None])
+def test_an_impossible_size_is_no_size(tmp_path, runs, make_table, size):
+    path = tmp_path / "t.parquet"
+    make_table(num_parameters=size).write(path)
+    assert found(runs, path)[0].size is None
+
+
+def test_masks_of_an_unknown_threshold_are_noted_on_each_view(tmp_path, runs, make_table):
+    path = tmp_path / "t.parquet"
+    views = ("original", "original-p35", "480")
+    labels = {"source": "predictions", "notes": {"480": "resized"}}
+    make_table(views=views, thresholds={"original": 0.5, "original-p35": None}, **labels).write(path)
+    assert found(runs, path)[0].notes == {
+        "original-p35": "masks as predicted; that probability > 0.35 made them is not stated",
+        "480": "resized; masks as predicted; that probability > 0.5 made them is not stated",
+    }
+    make_table(views=views).write(path)  # of a run, which applies the thresholds itself
+    assert found(runs, path)[0].notes == {}
+
+
+def test_weights_are_in_one_line(tmp_path, runs, make_table):
+    path = tmp_path / "t.parquet"
+    make_table(weights={"sam": "vit_b", "clip": "random(seed=0)"}).write(path)
+    assert found(runs, path)[0].weights == "sam vit_b, clip random(seed=0)"
+    make_table(weights=7).write(path)
+    assert found(runs, path)[0].weights == "not stated"
+
+
+def test_a_run_whose_name_has_an_equals_sign_is_found(runs, make_table):
+    keep(runs, "val", make_table())
+    (runs / "first").rename(runs / "lr=1e-4")
+    assert found(runs, "lr=1e-4")[0].name == "lr=1e-4"
+    assert found(runs, "mine=lr=1e-4")[0].name == "mine"

@@ -9,6 +9,7 @@ import pytest
 
 from ris_cache.errors import ConfigError, DataError
 from ris_train.compare.comparison import compare
+from ris_train.compare.layouts import lay_out
 from ris_train.compare.methods import published_row
 from ris_train.compare.pairing import pair_splits
 from ris_train.scoring.rules import RULES
@@ -91,6 +92,30 @@ def test_each_dataset_is_scored_by_its_own_rules(make_table, method_of):
         "ris": [VAL],
         "gres": [("grefcoco.unc", "val")],
     }
+
+
+def test_rule_sets_without_a_rule_for_no_target_samples_leave_a_split_to_the_others(make_table, method_of):
+    table = make_table(1, {VAL: 4, ("grefcoco.unc", "val"): 8}, no_target=0.4)
+    table.columns["is_no_target"][np.array(table.columns["table"]) == VAL[0]] = False
+    methods = [method_of("a", table)]
+    comparison = compare(methods, rules=[RULES["ris"], RULES["gres"]], num_resamples=0)
+    assert {name: [found.key[0] for found in splits] for name, splits in comparison.by_rules.items()} == {
+        "ris": ["refcoco.unc"],
+        "gres": ["refcoco.unc", "grefcoco.unc"],
+    }
+    text = "not scored, for want of a rule for no-target samples: gRefCOCO val by ris"
+    assert all(text in laid.caption for laid in lay_out(comparison, "plain"))
+    assert comparison.as_dict()["refused"] == [{"table": "grefcoco.unc", "split": "val", "rules": "ris"}]
+    with pytest.raises(DataError, match="The rule set ris has no rule for no-target samples"):
+        compare(methods, rules=[RULES["ris"]], num_resamples=0)
+
+
+def test_a_dataset_of_ones_own_has_one_rule_set_for_all_its_splits(make_table, method_of):
+    table = make_table(1, {("custom.birds", "train"): 6, ("custom.birds", "test"): 6}, no_target=0.5)
+    is_train = np.array(table.columns["split"]) == "train"
+    table.columns["is_no_target"][is_train] = False
+    found = compare([method_of("a", table)], num_resamples=0).by_rules
+    assert {name: len(splits) for name, splits in found.items()} == {"gres": 2}
 
 
 def test_differences_are_to_the_first_method_with_samples(make_table, method_of):

@@ -11,7 +11,9 @@ import torch
 
 from ris_cache.datasets.segmentation import union_mask
 from ris_cache.datasets.selection import Selection
+from ris_cache.errors import ConfigError
 from ris_cache.store.cache import CategorySet, FeatureCache
+from ris_cache.store.tables import NO_CATEGORY
 from ris_train.config import load_config
 from ris_train.data.batch import BatchBuilder, CategorySource
 from ris_train.data.masks import TargetMasks
@@ -54,7 +56,7 @@ def samples(cache: FeatureCache) -> tuple[Sample, ...]:
 @pytest.fixture
 def masks(cache: FeatureCache) -> TargetMasks:
     """Target masks on a small grid."""
-    return TargetMasks(cache.instances(TABLE), cache.sizes, SIDE)
+    return TargetMasks({TABLE: cache.instances(TABLE)}, cache.sizes, SIDE)
 
 
 def build(
@@ -198,3 +200,86 @@ def test_pairs_that_are_no_negatives_are_marked(
     targets = builder.training_batch(asked, masks, vl_exclude=vl_exclude).targets
     assert targets is not None
     assert targets.is_related.int().tolist() == expected
+
+
+def test_a_sample_that_refers_to_nothing_has_an_empty_mask_and_no_instance(
+    cache: FeatureCache,
+    tokenizer: Tokenizer,
+    categories: CategorySet,
+    samples: tuple[Sample, ...],
+    masks: TargetMasks,
+) -> None:
+    nothing = replace(samples[1], ann_ids=(), category_id=NO_CATEGORY)
+    builder = build(cache, tokenizer, categories)
+    for asked, owners in (((samples[0], nothing, samples[2]), [0, 2]), ((nothing, nothing), [])):
+        targets = builder.training_batch(asked, masks, vl_exclude="referent").targets
+        assert targets is not None
+        assert targets.instance_samples.dtype == torch.int64
+        assert targets.instance_samples.tolist() == owners
+        assert targets.instance_masks.shape == (len(owners), SIDE, SIDE)
+        assert targets.masks.shape == (len(asked), SIDE, SIDE)
+        assert targets.is_no_target.tolist() == [not sample.ann_ids for sample in asked]
+        assert [bool(mask.any()) for mask in targets.masks] == [bool(sample.ann_ids) for sample in asked]
+
+
+def test_masks_come_from_the_table_of_each_sample(
+    cache: FeatureCache, tokenizer: Tokenizer, categories: CategorySet, samples: tuple[Sample, ...]
+) -> None:
+    """The other table gives the same ann_id another segmentation."""
+    (ann_id,) = samples[0].ann_ids
+    instances = cache.instances(TABLE)
+    corner = ((0.0, 0.0, 40.0, 0.0, 40.0, 40.0, 0.0, 40.0),)
+    other = {ann_id: replace(instances[ann_id], segmentation=corner)}
+    masks = TargetMasks({TABLE: instances, "custom.other": other}, cache.sizes, SIDE)
+    asked = (samples[0], replace(samples[0], table_name="custom.other"))
+    targets = build(cache, tokenizer, categories).training_batch(asked, masks, vl_exclude="referent").targets
+    assert targets is not None
+    for row, table_name in enumerate((TABLE, "custom.other")):
+        assert np.array_equal(targets.masks[row].numpy(), masks.of(table_name, ann_id))
+    assert not torch.equal(targets.masks[0], targets.masks[1])
+
+
+def test_grouped_inputs_hold_each_image_once_and_expand_to_the_plain_ones(
+    cache: FeatureCache,
+    tokenizer: Tokenizer,
+    categories: CategorySet,
+    samples: tuple[Sample, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    builder = build(cache, tokenizer, categories, "annotated")
+    plain = builder.inputs(samples)
+    read: list[list[int]] = []
+    original = FeatureCache.read
+
+    def noting(self: FeatureCache, image_ids: list[int], *args: object) -> object:
+        read.append(list(image_ids))
+        return original(self, image_ids, *args)
+
+    monkeypatch.setattr(FeatureCache, "read", noting)
+    grouped = builder.grouped_inputs(samples)
+    assert read == [list(dict.fromkeys(sample.image_id for sample in samples))]
+    assert plain.image_index is None
+    assert grouped.image_index is not None
+    for name in ("image_embeddings", "clip_features"):
+        assert torch.equal(getattr(grouped, name)[grouped.image_index], getattr(plain, name))
+    for name in ("token_ids", "text_mask", "category_embeddings"):
+        assert torch.equal(getattr(grouped, name), getattr(plain, name))
+
+
+@pytest.mark.parametrize("source", ["annotated", "predicted"])
+def test_a_sample_without_the_category_that_the_model_reads_is_named(
+    cache: FeatureCache,
+    tokenizer: Tokenizer,
+    categories: CategorySet,
+    samples: tuple[Sample, ...],
+    source: CategorySource,
+) -> None:
+    without = replace(
+        samples[1], ann_ids=(), category_id=NO_CATEGORY, clip_category_id=NO_CATEGORY, text="the green heart"
+    )
+    builder = build(cache, tokenizer, categories, source)
+    with pytest.raises(ConfigError, match=f"1 expressions have no {source} category") as caught:
+        builder.inputs((samples[0], without))
+    assert "'the green heart'" in str(caught.value)
+    assert "model.sparse_prompt=cls" in str(caught.value)
+    build(cache, tokenizer, categories).require_categories([without])

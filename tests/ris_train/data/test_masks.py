@@ -16,6 +16,7 @@ from ris_cache.datasets.segmentation import parse_segmentation, rasterise
 from ris_train.data.masks import Mask, TargetMasks
 
 SIZES = {1: (30, 50), 2: (41, 23)}
+TABLE = "refcoco.unc"
 RUNS = [7, 100, 41 * 23 - 107]
 TRIANGLE = ((3.0, 2.0, 44.5, 8.0, 20.0, 28.0),)
 TWO_PARTS = ((1.0, 1.0, 10.0, 1.0, 10.0, 12.0), (20.0, 3.0, 48.0, 3.0, 33.0, 29.0))
@@ -61,8 +62,8 @@ def test_a_mask_is_the_instance_drawn_on_the_grid(ann_id: int, side: int) -> Non
     """Asked twice, since the second answer is the one that was packed; at sides of every kind."""
     record = INSTANCES[ann_id]
     expected = rasterise(record.segmentation, frame_size=SIZES[record.image_id], grid_size=(side, side))
-    masks = TargetMasks(INSTANCES, SIZES, side)
-    for found in (masks.of(ann_id), masks.of(ann_id)):
+    masks = TargetMasks({TABLE: INSTANCES}, SIZES, side)
+    for found in (masks.of(TABLE, ann_id), masks.of(TABLE, ann_id)):
         assert found.dtype == np.bool_
         assert found.shape == (side, side)
         assert np.array_equal(found, expected)
@@ -70,8 +71,8 @@ def test_a_mask_is_the_instance_drawn_on_the_grid(ann_id: int, side: int) -> Non
 
 def test_the_instances_of_this_file_are_of_both_kinds_and_not_all_empty() -> None:
     assert isinstance(BLOB, Rle)
-    masks = TargetMasks(INSTANCES, SIZES, 32)
-    assert {ann_id for ann_id in INSTANCES if masks.of(ann_id).any()} == {10, 11, 20}
+    masks = TargetMasks({TABLE: INSTANCES}, SIZES, 32)
+    assert {ann_id for ann_id in INSTANCES if masks.of(TABLE, ann_id).any()} == {10, 11, 20}
 
 
 @given(st.integers(1, 40), st.integers(0, 2**32))
@@ -81,38 +82,38 @@ def test_packing_loses_no_cell_at_any_side(side: int, seed: int) -> None:
     class Given(TargetMasks):
         """Draws what it is given."""
 
-        def _rasterise(self, ann_id: int) -> Mask:
+        def _rasterise(self, table_name: str, ann_id: int) -> Mask:
             return cells
 
     masks = Given({}, {}, side)
-    assert np.array_equal(masks.of(1), cells)
-    assert np.array_equal(masks.of(1), cells)
+    assert np.array_equal(masks.of(TABLE, 1), cells)
+    assert np.array_equal(masks.of(TABLE, 1), cells)
 
 
 def test_a_mask_that_the_caller_changes_is_not_the_one_remembered() -> None:
-    masks = TargetMasks(INSTANCES, SIZES, 16)
-    expected = masks.of(10).copy()
-    masks.of(10)[:] = True
-    assert np.array_equal(masks.of(10), expected)
+    masks = TargetMasks({TABLE: INSTANCES}, SIZES, 16)
+    expected = masks.of(TABLE, 10).copy()
+    masks.of(TABLE, 10)[:] = True
+    assert np.array_equal(masks.of(TABLE, 10), expected)
 
 
 def test_an_instance_is_drawn_once_while_it_is_remembered(drawn: Counter[Segmentation]) -> None:
-    masks = TargetMasks(INSTANCES, SIZES, 16)
+    masks = TargetMasks({TABLE: INSTANCES}, SIZES, 16)
     for _ in range(3):
-        masks.of(10)
-        masks.of(11)
+        masks.of(TABLE, 10)
+        masks.of(TABLE, 11)
     assert drawn == {TRIANGLE: 1, TWO_PARTS: 1}
 
 
 def test_the_one_unused_for_longest_is_forgotten_first(drawn: Counter[Segmentation]) -> None:
     instances = {ann_id: square(ann_id) for ann_id in (1, 2, 3)}
-    masks = TargetMasks(instances, SIZES, 16, max_cached=2)
+    masks = TargetMasks({TABLE: instances}, SIZES, 16, max_cached=2)
     counted: Callable[[int], int] = lambda ann_id: drawn[instances[ann_id].segmentation]  # noqa: E731
     for ann_id in (1, 2, 1, 3):  # 3 takes the place of 2, since 1 was used after it
-        masks.of(ann_id)
-    masks.of(1)
+        masks.of(TABLE, ann_id)
+    masks.of(TABLE, 1)
     assert [counted(ann_id) for ann_id in (1, 2, 3)] == [1, 1, 1]
-    masks.of(2)
+    masks.of(TABLE, 2)
     assert [counted(ann_id) for ann_id in (1, 2, 3)] == [1, 2, 1]
 
 
@@ -121,11 +122,19 @@ def test_no_more_are_remembered_than_the_bound_and_all_are_right(
     asked: Sequence[int], max_cached: int
 ) -> None:
     instances = {ann_id: square(ann_id) for ann_id in range(1, 9)}
-    masks = TargetMasks(instances, SIZES, 25, max_cached=max_cached)
+    masks = TargetMasks({TABLE: instances}, SIZES, 25, max_cached=max_cached)
     for ann_id in asked:
         expected = rasterise(instances[ann_id].segmentation, frame_size=SIZES[1], grid_size=(25, 25))
-        assert np.array_equal(masks.of(ann_id), expected)
+        assert np.array_equal(masks.of(TABLE, ann_id), expected)
         assert len(masks._packed) <= max_cached
     assert len(masks._packed) == min(len(set(asked)), max_cached)
     # One bit a cell: 625 cells are 78 whole bytes and one bit more.
     assert all(packed.nbytes == 79 for packed in masks._packed.values())
+
+
+def test_one_ann_id_in_two_tables_is_two_instances() -> None:
+    masks = TargetMasks({TABLE: {1: square(1)}, "custom.birds": {1: instance(1, 2, BLOB)}}, SIZES, 32)
+    for _ in range(2):
+        for table_name, record in ((TABLE, square(1)), ("custom.birds", instance(1, 2, BLOB))):
+            expected = rasterise(record.segmentation, frame_size=SIZES[record.image_id], grid_size=(32, 32))
+            assert np.array_equal(masks.of(table_name, 1), expected)

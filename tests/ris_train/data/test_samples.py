@@ -59,6 +59,7 @@ def test_a_sample_is_its_expression(cache: FeatureCache) -> None:
     expressions = [expression for expression in cache.expressions(TABLE) if expression.split == "val"]
     for sample, expression in zip(samples, expressions, strict=True):
         assert sample == Sample(
+            table_name=TABLE,
             split="val",
             ref_id=expression.ref_id,
             sent_id=expression.sent_id,
@@ -127,6 +128,7 @@ def test_what_the_cache_lacks_is_named_with_the_command_that_adds_it(
 def sample(index: int, image_id: int) -> Sample:
     """A sample in which every value tells which one it was."""
     return Sample(
+        table_name=TABLE,
         split="val",
         ref_id=1000 + index,
         sent_id=index,

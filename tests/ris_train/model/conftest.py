@@ -33,12 +33,13 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def build_model() -> Callable[[Literal["category", "cls"]], RisModel]:
+def build_model() -> Callable[..., RisModel]:
     """Build a tiny model in evaluation mode, the same weights for the same kind of prompt."""
 
-    def build(sparse_prompt: Literal["category", "cls"]) -> RisModel:
+    def build(sparse_prompt: Literal["category", "cls"], *, no_target_head: bool = False) -> RisModel:
         config = ModelConfig(
             sparse_prompt=sparse_prompt,
+            no_target_head=no_target_head,
             num_queries=7,
             num_heads=4,
             ffn_dim=96,

@@ -194,3 +194,28 @@ def test_a_few_steps_lower_the_loss(build_model: Build, inputs: ModelInputs, tar
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("targeted", [(), (2,), (0, 1, 3), (0, 1, 2, 3)], ids=str)
+def test_a_model_with_a_head_trains_on_any_mix_of_targeted_and_other_samples(
+    build_model: Callable[..., RisModel], inputs: ModelInputs, targets: Targets, targeted: tuple[int, ...]
+) -> None:
+    """Every gradient is finite, the head and BERT always learn, and SAM's decoder where there is a mask."""
+    model = build_model("cls", no_target_head=True)
+    freeze_untrained(model)
+    kept = torch.tensor([int(owner) in targeted for owner in targets.instance_samples])
+    masks = targets.masks.clone()
+    masks[[row for row in range(4) if row not in targeted]] = 0
+    mixed = Targets(
+        masks=masks,
+        instance_masks=targets.instance_masks[kept],
+        instance_samples=targets.instance_samples[kept],
+        is_related=targets.is_related,
+    )
+    gradients = backward(model, inputs, mixed)
+    found = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    assert all(gradient.isfinite().all() for gradient in found.values())
+    for name in ("no_target.layers.0.weight", "no_target.layers.2.bias", "language.projection.weight"):
+        assert found[name].abs().max() > 0, name
+    decoder = [name for name in found if name.startswith("mask_decoder.")]
+    assert any(found[name].any() for name in decoder) == bool(targeted)

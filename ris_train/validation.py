@@ -1,0 +1,95 @@
+"""The selection that chooses the best checkpoint, ready to be scored again and again while a model trains."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ris_cache.errors import ConfigError, DataError
+from ris_cache.store.cache import FeatureCache
+from ris_train.config import RunConfig
+from ris_train.data.batch import BatchBuilder, default_category_source
+from ris_train.data.merge import require_one_split
+from ris_train.data.samples import load_samples
+from ris_train.data.text import Tokenizer
+from ris_train.evaluate import count_samples
+from ris_train.model.segmenter import RisModel
+from ris_train.scoring import RuleSet, Scores, default_rules, rules_named
+from ris_train.truth import GroundTruth
+
+
+class Validation:
+    """`data.val` with its rule set: `data.rules`, or the one of its dataset.
+
+    Args:
+        cache: holds the selection.
+        tokenizer: the run's.
+        config: `data`, and of `train` how many expressions are scored and in what batches.
+        device: where the model is.
+
+    Raises:
+        CacheMissError: the cache lacks the selection.
+        DataError: it has no expression whose image can be read.
+        ConfigError: several splits, several rule sets or an unknown one, or one that cannot score the
+            selection.
+    """
+
+    def __init__(
+        self, cache: FeatureCache, tokenizer: Tokenizer, config: RunConfig, device: torch.device
+    ) -> None:
+        selection = require_one_split(config.data.val, "data.val")
+        samples = load_samples(cache, selection, text=config.data.text).samples
+        if not samples:
+            raise DataError(f"{config.data.val} has no expression whose image could be read; choose another.")
+        self.label = config.data.val
+        self.size = len(samples)
+        self.rules = _rules(
+            config.data.rules, selection.dataset, has_no_target=any(sample.is_no_target for sample in samples)
+        )
+        limit = config.train.val_samples
+        if limit is not None and limit < len(samples):
+            samples = tuple(samples[index * len(samples) // limit] for index in range(limit))
+        self._samples = samples
+        self._batch_size = config.train.batch_size
+        self._builder = BatchBuilder(
+            cache,
+            tokenizer,
+            categories=cache.categories(cache.manifest.datasets[selection.table_name].category_set),
+            category_source=default_category_source(config),
+            device=device,
+        )
+        # Without this, a category that is missing would come to light at the first evaluation, hours later.
+        self._builder.require_categories(samples)
+        self._truth = GroundTruth.from_cache(cache, [selection.table_name])
+
+    def score(self, model: RisModel) -> Scores:
+        """Score a model on at most `train.val_samples` expressions."""
+        counts = count_samples(
+            model,
+            self._samples,
+            self._builder,
+            self._truth,
+            views=[self.rules.view],
+            batch_size=self._batch_size,
+        )
+        return self.rules.score(counts[self.rules.view.name])
+
+    def is_better(self, new: Scores, best: Scores) -> bool:
+        """Compare by the headline metric; NaN, from masks that are all empty, is worse than any score."""
+        old = best.values[self.rules.headline]
+        return math.isnan(old) or new.values[self.rules.headline] > old
+
+
+def _rules(chosen: str | None, dataset: str, *, has_no_target: bool) -> RuleSet:
+    found = rules_named(chosen or default_rules(dataset, has_no_target=has_no_target))
+    if len(found) != 1:
+        raise ConfigError(f"data.rules takes one rule set, not {chosen!r}.", key="data.rules")
+    (rules,) = found
+    if has_no_target and not rules.takes_no_target:
+        raise ConfigError(
+            f"data.val has expressions that refer to nothing, for which the rule set {rules.name} has no "
+            "rule. Choose by one that has, such as --set data.rules=gres.",
+            key="data.rules",
+        )
+    return rules

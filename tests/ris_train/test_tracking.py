@@ -1,0 +1,183 @@
+"""Trackers: curves by name and step, opened once, and a missing package named before anything starts."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import accelerate.tracking
+import pytest
+
+import ris_train.tracking
+from ris_cache.errors import ConfigError
+from ris_train.config import load_config
+from ris_train.run import RunDirectory
+from ris_train.tracking import Trackers, open_trackers
+
+CONFIG = load_config(recipe="tiny")
+
+
+def is_distributed(package: str) -> bool:
+    """Whether pip knows a package."""
+    return any(found.name == package for found in importlib.metadata.distributions())
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    """A new run."""
+    return RunDirectory.create(tmp_path / "curves", CONFIG, facts={})
+
+
+class Recorder:
+    """Stands in for a tracker of accelerate and keeps what it was told."""
+
+    made: list[Recorder] = []  # noqa: RUF012
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+        self.calls: list[tuple[Any, ...]] = []
+        self.fails_at = ""
+        Recorder.made.append(self)
+
+    def start(self) -> None:
+        self._note("start")
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self._note("configuration", values)
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        self._note("log", step, values)
+
+    def finish(self) -> None:
+        self._note("finish")
+
+    def _note(self, what: str, *facts: Any) -> None:
+        self.calls.append((what, *facts))
+        if what == self.fails_at:
+            raise RuntimeError(f"{what} failed")
+
+
+@pytest.fixture
+def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
+    """Every tracker of accelerate replaced, and their packages thought to be installed."""
+    Recorder.made = []
+    for name in ("TensorBoardTracker", "WandBTracker", "TrackioTracker"):
+        monkeypatch.setattr(accelerate.tracking, name, Recorder)
+    monkeypatch.setattr(ris_train.tracking, "_is_installed", lambda package: True)
+    return Recorder.made
+
+
+def test_without_names_nothing_is_opened_and_logging_is_free(run: RunDirectory) -> None:
+    trackers = open_trackers((), run, CONFIG)
+    trackers.log(1, {"loss": 1.0})
+    trackers.close()
+    assert trackers == Trackers(())
+
+
+def test_an_unknown_tracker_lists_those_there_are(run: RunDirectory) -> None:
+    with pytest.raises(ConfigError, match=r"no tracker 'mlflow'; there are tensorboard, wandb, trackio"):
+        open_trackers(["mlflow"], run, CONFIG)
+
+
+def test_a_missing_package_names_the_extra_and_opens_nothing(
+    run: RunDirectory, recorders: list[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ris_train.tracking, "_is_installed", lambda package: package != "wandb")
+    with pytest.raises(ConfigError, match=r"wandb is not installed.*pip install 'ris\[wandb\]'") as caught:
+        open_trackers(["tensorboard", "wandb"], run, CONFIG)
+    assert caught.value.facts["missing"] == ("wandb",)
+    assert caught.value.exit_code == 2
+    assert recorders == []
+
+
+def test_a_package_that_is_not_there_is_found_missing(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of its name, as Weights & Biases leaves behind, is no package."""
+    for name in ("wandb", "trackio"):
+        (tmp_path / name).mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    absent = [name for name in ("wandb", "trackio") if not is_distributed(name)]
+    if not absent:
+        pytest.skip("every tracker is installed")
+    with pytest.raises(ConfigError, match="not installed"):
+        open_trackers(absent, run, CONFIG)
+
+
+def test_trackers_learn_the_run_and_its_configuration(run: RunDirectory, recorders: list[Recorder]) -> None:
+    open_trackers(["tensorboard", "wandb", "trackio", "wandb"], run, CONFIG)
+    board, wandb, trackio = recorders
+    assert board.settings == {"run_name": "tensorboard", "logging_dir": run.path}
+    assert (wandb.settings["run_name"], wandb.settings["name"]) == ("ris", "curves")
+    assert (wandb.settings["id"], wandb.settings["resume"]) == ("curves", "allow"), "resumed runs go on"
+    assert (trackio.settings["name"], trackio.settings["resume"]) == ("curves", "allow")
+    for recorder in recorders:
+        assert [call[0] for call in recorder.calls] == ["start", "configuration"]
+        settings = recorder.calls[1][1]
+        assert settings["train.steps"] == CONFIG.train.steps
+        assert settings["model.bert.weights"] == "None"
+        assert all(isinstance(value, (str, bool, int, float)) for value in settings.values())
+
+
+def test_a_line_of_the_metrics_becomes_points_of_curves(run: RunDirectory, recorders: list[Recorder]) -> None:
+    trackers = open_trackers(["wandb"], run, CONFIG)
+    trackers.log(10, {"step": 10, "loss": 0.5, "lr": 1e-3})
+    evaluation = {"step": 20, "val": "refcoco:val", "rules": "ris", "num_samples": 7, "oIoU": 0.25}
+    trackers.log(20, {**evaluation, "mIoU": float("nan"), "Pr@0.5": None, "is_best": True})
+    trackers.log(30, {"step": 30, "note": "text alone"})
+    assert recorders[0].calls[2:] == [
+        ("log", 10, {"train/loss": 0.5, "train/lr": 1e-3}),
+        ("log", 20, {"val/num_samples": 7, "val/oIoU": 0.25}),
+    ]
+
+
+def test_every_tracker_is_closed_though_one_fails(run: RunDirectory, recorders: list[Recorder]) -> None:
+    trackers = open_trackers(["tensorboard", "wandb", "trackio"], run, CONFIG)
+    recorders[1].fails_at = "finish"
+    with pytest.raises(RuntimeError, match="finish failed"):
+        trackers.close()
+    assert [recorder.calls[-1] for recorder in recorders] == [("finish",)] * 3
+
+
+def test_a_tracker_that_cannot_start_closes_those_before_it(
+    run: RunDirectory, recorders: list[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unreachable(Recorder):
+        def start(self) -> None:
+            raise ConnectionError("no network")
+
+    monkeypatch.setattr(accelerate.tracking, "WandBTracker", Unreachable)
+    with pytest.raises(ConnectionError, match="no network"):
+        open_trackers(["tensorboard", "wandb", "trackio"], run, CONFIG)
+    assert recorders[0].calls[-1] == ("finish",)
+    assert len(recorders) == 2, "the third is never made"
+
+
+def test_tensorboard_reads_back_what_was_logged(run: RunDirectory) -> None:
+    """The real package, read by its own reader."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trackers = open_trackers(["tensorboard"], run, CONFIG)
+    for step, loss in ((1, 2.0), (5, 0.5)):
+        trackers.log(step, {"step": step, "loss": loss})
+    trackers.log(5, {"step": 5, "val": "refcoco:val", "rules": "ris", "num_samples": 7, "oIoU": 0.25})
+    trackers.close()
+    reader = EventAccumulator(str(run.path / "tensorboard"))
+    reader.Reload()
+    assert [(event.step, event.value) for event in reader.Scalars("train/loss")] == [(1, 2.0), (5, 0.5)]
+    assert [(event.step, event.value) for event in reader.Scalars("val/oIoU")] == [(5, 0.25)]
+    (settings,) = (run.path / "tensorboard").rglob("hparams.yml")
+    assert f"train.steps: {CONFIG.train.steps}" in settings.read_text()
+
+
+def test_trackers_are_imported_only_when_asked_for() -> None:
+    program = (
+        "import sys, ris_train.tracking\n"
+        "sys.exit(bool({'torch', 'accelerate', 'tensorboard', 'wandb'} & set(sys.modules)))"
+    )
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", program], check=False, cwd=root).returncode == 0
