@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from ris_cache.datasets.leakage import leaking_images
 from ris_cache.datasets.selection import Selection, matching_splits, parse_selections
 from ris_cache.errors import CacheMissError, ConfigError
 from ris_cache.store.cache import CategorySet, FeatureCache
@@ -136,18 +137,19 @@ def load_training_set(
         usable = [sample for sample in meant if not sample.is_degenerate]
         clean = [sample for sample in usable if sample.image_id not in leaking]
         kept = clean if is_filtered else usable
-        image_ids = {sample.image_id for sample in usable}
+        name = f"{one.table_name}:{one.split}"
+        shared = leaking_images({name: {sample.image_id for sample in usable}}, evaluated)[name]
         parts.append(
             TrainingPart(
-                selection=f"{one.table_name}:{one.split}",
+                selection=name,
                 expressions=len(kept),
                 images=len({sample.image_id for sample in kept}),
                 quarantined=loaded.quarantined,
                 degenerate=len(meant) - len(usable),
                 no_target=len(loaded.samples) - len(meant),
-                leaking_images=len(image_ids & leaking),
+                leaking_images=len(frozenset[int]().union(*shared.values())),
                 leaking_expressions=len(usable) - len(clean),
-                shared={name: len(image_ids & held) for name, held in evaluated.items() if image_ids & held},
+                shared={other: len(image_ids) for other, image_ids in shared.items()},
                 is_filtered=is_filtered,
             )
         )
