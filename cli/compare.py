@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -48,7 +50,8 @@ def compare(
         typer.Argument(
             metavar="[NAME=]METHOD...",
             help="A run by name or path, a samples table (*.parquet) of `ris eval` or `ris score`, "
-            "published:<name>, or published for all published rows.",
+            "published:<name>, or published for all published rows. NAME= is what the tables call it. "
+            "Differences are to the first that has samples.",
         ),
     ],
     rules: Annotated[
@@ -103,4 +106,5 @@ def compare(
     if json:
         print_json(report.as_dict())
     elif out is None:
-        typer.echo(report.text(written_as), nl=False)
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        typer.echo(report.text(written_as, width=width), nl=False)

@@ -19,7 +19,7 @@ from ris_train.compare.comparison import (
     estimate_dict,
     reference_of,
 )
-from ris_train.compare.intervals import common_caption
+from ris_train.compare.intervals import FACT_TITLES, common_caption, common_facts
 from ris_train.compare.methods import split_title
 from ris_train.compare.tables import Block, Cell, Column, Row, Table, count_cell, interval_cell
 from ris_train.compare.terms import mean_name, metric_terms, overall_name
@@ -62,10 +62,13 @@ def break_down(comparison: Comparison, by: str) -> tuple[Breakdown, ...]:
         by: a name of `BINNINGS`.
 
     Raises:
-        ConfigError: there is no such binning, or it needs the original frame and the samples lack it.
+        ConfigError: there is no such binning, nothing but published rows, or the binning needs the original
+            frame and the samples lack it.
     """
     if by not in BINNINGS:
         raise ConfigError(f"There is no breakdown by {by!r}; there are {', '.join(BINNINGS)}.", found=by)
+    if not comparison.by_rules:
+        raise ConfigError("Published rows have no samples for a breakdown; add a run or a samples table.")
     return tuple(
         Breakdown(scored=scored, bins=_score_bins(comparison, scored, by))
         for splits in comparison.by_rules.values()
@@ -91,8 +94,12 @@ def breakdown_tables(comparison: Comparison, by: str, breakdowns: Sequence[Break
                     Column("", "samples"),
                     *(Column(metric, name) for metric in metrics for name in names),
                 ),
-                blocks=tuple(_block(breakdown, metrics, indices) for breakdown in chosen),
+                blocks=tuple(
+                    _block(breakdown, metrics, indices, common_facts(comparison, rules))
+                    for breakdown in chosen
+                ),
                 caption=caption,
+                fact_titles=FACT_TITLES,
             )
         )
     return tuple(tables)
@@ -124,7 +131,10 @@ def _objects(table: SampleTable) -> Bins:
     count = _column(table, "num_same_category")
     has_target = ~_is_no_target(table)
     labels = [(str(number), has_target & (count == number)) for number in (1, 2, 3)]
-    return (*_no_target(table), *labels, ("4+", has_target & (count >= 4)))
+    # Objects of a custom dataset need no category, and then none are of the same.
+    unknown = has_target & (count == 0)
+    without = (("no category", unknown),) if unknown.any() else ()
+    return (*_no_target(table), *without, *labels, ("4+", has_target & (count >= 4)))
 
 
 def _size(table: SampleTable) -> Bins:
@@ -202,7 +212,9 @@ def _metrics(rules: RuleSet) -> tuple[str, ...]:
     return found or (rules.headline,)
 
 
-def _block(breakdown: Breakdown, metrics: Sequence[str], indices: Sequence[int]) -> Block:
+def _block(
+    breakdown: Breakdown, metrics: Sequence[str], indices: Sequence[int], facts: tuple[str, ...]
+) -> Block:
     rows = []
     for found in breakdown.bins:
         cells = [count_cell(found.num_samples)]
@@ -210,7 +222,7 @@ def _block(breakdown: Breakdown, metrics: Sequence[str], indices: Sequence[int])
             for index in indices:
                 value = found.estimates.get(index, {}).get(metric)
                 cells.append(Cell() if value is None else interval_cell(value.value, value.interval))
-        rows.append(Row(label=found.label, cells=tuple(cells)))
+        rows.append(Row(label=found.label, cells=tuple(cells), facts=facts))
     return Block(title=split_title(breakdown.scored.key), rows=tuple(rows))
 
 

@@ -58,12 +58,15 @@ class Comparison:
     Attributes:
         methods: in the order asked for; the first with samples is what differences are to.
         by_rules: scored splits by rule set, in the order of the splits; empty if all methods are published.
+        refused: split and rule set of what was asked for beside others and has no rule for its no-target
+            samples.
     """
 
     methods: tuple[Method, ...]
     by_rules: Mapping[str, tuple[SplitScores, ...]]
     num_resamples: int
     seed: int
+    refused: tuple[tuple[SplitKey, str], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain values, fractions in full precision, for JSON."""
@@ -76,6 +79,9 @@ class Comparison:
                 "over": "images",
             },
             "splits": [self._split_dict(scored) for splits in self.by_rules.values() for scored in splits],
+            "refused": [
+                {"table": table, "split": split, "rules": rules} for (table, split), rules in self.refused
+            ],
         }
 
     def _split_dict(self, scored: SplitScores) -> dict[str, Any]:
@@ -107,17 +113,25 @@ def compare(
 
     Args:
         methods: to compare; published ones are carried along.
-        rules: rule sets to score by; None for the one that each dataset is scored by.
+        rules: rule sets to score by; None for the one that each dataset is scored by. Of several, those
+            without a rule for a split's no-target samples leave it to the others.
         num_resamples: of the bootstrap; 0 for none.
         seed: of the bootstrap.
 
     Raises:
-        DataError: samples that cannot be paired, or no-target samples and a rule set without a rule for them.
+        DataError: samples that cannot be paired, or no-target samples and no rule set with a rule for them.
         ConfigError: a method was not scored on the grid that a rule set needs.
     """
     by_rules: dict[str, list[SplitScores]] = {}
-    for paired in pair_splits(methods):
-        for rule_set in rules if rules is not None else (_default_rules(paired),):
+    refused: list[tuple[SplitKey, str]] = []
+    splits = pair_splits(methods)
+    for paired in splits:
+        chosen = rules if rules is not None else (_default_rules(paired.key[0], splits),)
+        is_any_fit = not _has_no_target(paired) or any(rule_set.takes_no_target for rule_set in chosen)
+        for rule_set in chosen:
+            if is_any_fit and _has_no_target(paired) and not rule_set.takes_no_target:
+                refused.append((paired.key, rule_set.name))
+                continue
             scored = _score_split(methods, paired, rule_set, num_resamples=num_resamples, seed=seed)
             by_rules.setdefault(rule_set.name, []).append(scored)
     return Comparison(
@@ -125,6 +139,7 @@ def compare(
         by_rules={name: tuple(splits) for name, splits in by_rules.items()},
         num_resamples=num_resamples,
         seed=seed,
+        refused=tuple(refused),
     )
 
 
@@ -197,10 +212,14 @@ def estimate_dict(estimated: Estimate) -> dict[str, Any]:
     }
 
 
-def _default_rules(paired: PairedSplit) -> RuleSet:
-    is_no_target = np.asarray(paired.any_table.columns["is_no_target"], dtype=np.bool_)
-    dataset = paired.key[0].partition(".")[0]
-    return RULES[default_rules(dataset, has_no_target=bool(is_no_target.any()))]
+def _default_rules(table_name: str, splits: Sequence[PairedSplit]) -> RuleSet:
+    """The rule set of a dataset: one for all its splits, as `ris eval` has it."""
+    has_no_target = any(_has_no_target(paired) for paired in splits if paired.key[0] == table_name)
+    return RULES[default_rules(table_name.partition(".")[0], has_no_target=has_no_target)]
+
+
+def _has_no_target(paired: PairedSplit) -> bool:
+    return bool(np.any(paired.any_table.columns["is_no_target"]))
 
 
 def _score_split(
@@ -232,6 +251,7 @@ def _method_dict(method: Method) -> dict[str, Any]:
         "text": method.text,
         "expressions": method.expressions,
         "size": method.size,
+        "weights": method.weights,
     }
     if method.published is None:
         return labels

@@ -1,24 +1,41 @@
 """What makes rows of a table differ in more than the method, said below the table.
 
-Rows are set against the first: another category source, another text, other rules, shuffled expressions, and
-samples left out are each marked, so that no such difference is compared in silence.
+Rows are set against the first: another category source, another text, other rules or weights, shuffled
+expressions, masks of an unknown threshold, a decision without a head, and samples left out are each marked,
+so that no such difference is compared in silence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ris_train.compare.comparison import Comparison, SplitScores
-from ris_train.compare.methods import Method, SplitKey, split_title
+import numpy as np
+
+from ris_train.compare.comparison import Comparison, SplitScores, reference_of
+from ris_train.compare.methods import NOT_STATED, Method, SplitKey, split_title
 from ris_train.compare.published import PublishedMethod, published_tables
 from ris_train.compare.tables import join_names
 
 _SOURCES = {
-    "annotated": "the annotated category",
-    "predicted": "the category that CLIP predicts from the expression",
-    "none": "no category",
+    "annotated": "is given the annotated category",
+    "predicted": "is given the category that CLIP predicts from the expression",
+    "none": "is given no category",
+    NOT_STATED: "does not state which category it is given, if any",
 }
-_TEXTS = {"raw": "expressions as they were typed (raw)", "sent": "cleaned expressions (sent)"}
+_TEXTS = {
+    "raw": "reads expressions as they were typed (raw)",
+    "sent": "reads cleaned expressions (sent)",
+    NOT_STATED: "does not state which form of the expressions it reads",
+}
+
+
+def refusals(comparison: Comparison) -> list[str]:
+    """Say which splits which rule sets could not score; one text, or none."""
+    by_rules: dict[str, list[str]] = {}
+    for key, rules in comparison.refused:
+        by_rules.setdefault(rules, []).append(split_title(key))
+    texts = [f"{', '.join(titles)} by {rules}" for rules, titles in by_rules.items()]
+    return [f"not scored, for want of a rule for no-target samples: {'; '.join(texts)}"] if texts else []
 
 
 def row_notes(
@@ -45,11 +62,13 @@ def row_notes(
         notes += _published_notes(method.published, keys=keys, metrics=metrics, table=table)
         notes += _size_notes(scored, keys)
     if method.category_source != first.category_source:
-        notes.append(f"is given {_given(method)}; {first.name} is given {_given(first)}")
+        notes.append(f"{_given(method)}; {first.name} {_given(first)}")
     if method.text != first.text:
-        notes.append(f"reads {_read(method)}; {first.name} reads {_read(first)}")
+        notes.append(f"{_read(method)}; {first.name} {_read(first)}")
     if not method.is_published and method.expressions != "own":
         notes.append(f"expressions {method.expressions}")
+    notes += _weights_notes(comparison, method)
+    notes += _head_notes(scored, index)
     for view in dict.fromkeys(split.rules.view.name for split in scored):
         if view in method.notes:
             notes.append(method.notes[view])
@@ -58,11 +77,11 @@ def row_notes(
 
 
 def _read(method: Method) -> str:
-    return _TEXTS.get(method.text, f"the text {method.text}")
+    return _TEXTS.get(method.text, f"reads the text {method.text}")
 
 
 def _given(method: Method) -> str:
-    return _SOURCES.get(method.category_source, f"the category source {method.category_source}")
+    return _SOURCES.get(method.category_source, f"is given a category of the source {method.category_source}")
 
 
 def _published_notes(
@@ -85,6 +104,24 @@ def _published_notes(
         is_its_value = entry.method == method.key and (entry.table_name, entry.split, entry.metric) in shown
         if is_its_value or (entry.metric == "Pr@X" and has_precision):
             yield entry.text
+
+
+def _weights_notes(comparison: Comparison, method: Method) -> Iterable[str]:
+    """Say where a row rests on other weights than the first one scored here, whose are in the caption."""
+    reference = reference_of(comparison.methods)
+    if method.is_published or reference is None:
+        return
+    first = comparison.methods[reference]
+    if method.weights != first.weights:
+        yield f"rests on other weights than {first.name}: {method.weights}"
+
+
+def _head_notes(scored: Sequence[SplitScores], index: int) -> Iterable[str]:
+    """Say where the mask decides for want of a no-target head."""
+    for split in scored:
+        table = split.paired.tables.get(index)
+        if split.rules.head == "decides" and table is not None and not np.any(table.columns["has_head"]):
+            yield "has no no-target head: an empty mask counts as that decision"
 
 
 def _size_notes(scored: Sequence[SplitScores], keys: Sequence[SplitKey]) -> Iterable[str]:

@@ -7,6 +7,7 @@ import io
 import re
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 from rich.cells import cell_len
@@ -15,13 +16,14 @@ from ris_train.compare.tables import Block, Cell, Row, Table
 
 _GAP = "  "
 _NOTE_WIDTH = 100
+_NARROWEST_NOTE = 40
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-_MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]<>|~#])")
+_MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]<>|~#&$])")
 _LATEX = MappingProxyType(
     {
         "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%",
         "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-        ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}", "–": "--", "−": "$-$",
+        ">": r"\textgreater{}", "|": r"\textbar{}", '"': "''", "–": "--", "−": "$-$",
         "Δ": r"$\Delta$", "Σ": r"$\Sigma$", "²": "$^2$", "≥": r"$\geq$", "≤": r"$\leq$", "×": r"$\times$",
         "·": r"$\cdot$", "†": r"\dag{}", "′": r"$'$", "…": r"\ldots{}", "“": "``", "”": "''",
         "\N{REPLACEMENT CHARACTER}": "?",
@@ -29,9 +31,14 @@ _LATEX = MappingProxyType(
 )  # fmt: skip
 
 
-def to_terminal(tables: Sequence[Table]) -> str:
-    """Write tables as aligned text."""
-    return "\n".join(_terminal(table) for table in tables)
+def to_terminal(tables: Sequence[Table], *, width: int | None = None) -> str:
+    """Write tables as aligned text.
+
+    Args:
+        width: of the terminal; columns that do not fit go below the others, under the same rows. None for
+            a file, whose lines may be of any length.
+    """
+    return "\n".join(_terminal(table, width) for table in tables)
 
 
 def to_markdown(tables: Sequence[Table]) -> str:
@@ -70,7 +77,61 @@ def _entries(row: Row) -> list[str]:
     return [label, *row.lead, *(cell.text for cell in row.cells)]
 
 
-def _terminal(table: Table) -> str:
+def _terminal(table: Table, width: int | None) -> str:
+    out = [table.title] if width is None else textwrap.wrap(table.title, width)
+    longest = 0
+    parts = _parts(table, width)
+    for part in parts:
+        lines, total = _aligned(part)
+        longest = max(longest, total)
+        out += lines if part is parts[-1] else lines[:-1]  # the next one begins with a rule
+    widest = max(longest, _NOTE_WIDTH) if width is None else max(width, _NARROWEST_NOTE)
+    out += textwrap.wrap(table.caption, widest)
+    for number, note in enumerate(table.notes, 1):
+        out += textwrap.wrap(f"{_superscript([number])} {note}", widest, subsequent_indent="  ")
+    return "\n".join(out) + "\n"
+
+
+def _parts(table: Table, width: int | None) -> list[Table]:
+    """Cut a table between columns so that each part fits; within a group only where it alone does not."""
+    if width is None:
+        return [table]
+
+    def fits(indices: Sequence[int]) -> bool:
+        return _aligned(_columns(table, indices))[1] <= width
+
+    parts: list[list[int]] = []
+    start = 0
+    for group, span in table.groups:
+        columns = range(start, start + span)
+        start += span
+        units = [columns] if group and fits(columns) else [range(index, index + 1) for index in columns]
+        for unit in units:
+            if not parts or not fits([*parts[-1], *unit]):
+                parts.append([])
+            parts[-1] += unit
+    return [_columns(table, part) for part in parts]
+
+
+def _columns(table: Table, indices: Sequence[int]) -> Table:
+    """Some columns of a table."""
+    return replace(
+        table,
+        columns=tuple(table.columns[index] for index in indices),
+        blocks=tuple(
+            replace(
+                block,
+                rows=tuple(
+                    replace(row, cells=tuple(row.cells[index] for index in indices)) for row in block.rows
+                ),
+            )
+            for block in table.blocks
+        ),
+    )
+
+
+def _aligned(table: Table) -> tuple[list[str], int]:
+    """Lines of a table's columns and rows between rules, and their width."""
     num_left = len(table.lead_titles)
     titles = [*table.lead_titles, *(column.title for column in table.columns)]
     lines = [_entries(row) for row in table.rows]
@@ -86,7 +147,7 @@ def _terminal(table: Table) -> str:
 
     total = sum(widths) + len(_GAP) * (len(widths) - 1)
     rule = "─" * total
-    out = [table.title, rule]
+    out = [rule]
     if any(group for group, _ in table.groups):
         out += _group_lines(table, widths)
     out += [line(titles), rule]
@@ -94,12 +155,7 @@ def _terminal(table: Table) -> str:
         out += [rule] if index else []
         out += [block.title] if block.title else []
         out += [line(_entries(row)) for row in block.rows]
-    out.append(rule)
-    width = max(total, _NOTE_WIDTH)
-    out += textwrap.wrap(table.caption, width)
-    for number, note in enumerate(table.notes, 1):
-        out += textwrap.wrap(f"{_superscript([number])} {note}", width, subsequent_indent="  ")
-    return "\n".join(out) + "\n"
+    return [*out, rule], total
 
 
 def _pad(text: str, width: int, *, right: bool) -> str:
@@ -229,9 +285,9 @@ def _latex_row(row: Row) -> str:
 
 
 def _latex_line(entries: Sequence[str]) -> str:
-    # A line of the table must not begin with `[`: after the `\\` above it would be read as a length.
+    # After the `\\` of the line above, `[` would be read as a length and `*` as part of the command.
     first, *rest = entries
-    protected = f"{{}}{first}" if first.startswith("[") else first
+    protected = f"{{}}{first}" if first.startswith(("[", "*")) else first
     return " & ".join([protected, *rest]) + r" \\"
 
 

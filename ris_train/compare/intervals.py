@@ -20,13 +20,10 @@ def interval_tables(comparison: Comparison) -> tuple[Table, ...]:
 
 def common_caption(comparison: Comparison, rules: RuleSet) -> str:
     """Say by which rules, of which category source and how sure the scores of a table are."""
-    sources = ", ".join(
-        f"{method.name} {method.category_source}" for method in comparison.methods if not method.is_published
-    )
     parts = [
         f"rules: {rules.name}",
         f"grid: {describe_view(rules)}",
-        f"category source: {sources}",
+        f"category source: {category_sources(comparison)}",
         "percent",
     ]
     if comparison.num_resamples:
@@ -35,6 +32,21 @@ def common_caption(comparison: Comparison, rules: RuleSet) -> str:
             f"{comparison.num_resamples:,} resamples, seed {comparison.seed}"
         )
     return " · ".join(parts)
+
+
+FACT_TITLES = ("rules", "grid", "category source")
+
+
+def common_facts(comparison: Comparison, rules: RuleSet) -> tuple[str, ...]:
+    """What stands in the caption, for formats that have none; one for each of `FACT_TITLES`."""
+    return rules.name, describe_view(rules), category_sources(comparison)
+
+
+def category_sources(comparison: Comparison) -> str:
+    """The category source of each method with samples, in one line."""
+    return ", ".join(
+        f"{method.name} {method.category_source}" for method in comparison.methods if not method.is_published
+    )
 
 
 def _table(comparison: Comparison, scored: tuple[SplitScores, ...]) -> Table:
@@ -53,12 +65,13 @@ def _table(comparison: Comparison, scored: tuple[SplitScores, ...]) -> Table:
         title=f"{LEVEL} intervals",
         lead_titles=("metric",),
         columns=tuple(columns),
-        blocks=tuple(_block(split, indices) for split in scored),
+        blocks=tuple(_block(split, indices, common_facts(comparison, scored[0].rules)) for split in scored),
         caption=caption,
+        fact_titles=FACT_TITLES,
     )
 
 
-def _block(split: SplitScores, indices: list[int]) -> Block:
+def _block(split: SplitScores, indices: list[int], facts: tuple[str, ...]) -> Block:
     def cells(index: int, metric: str, *, with_difference: bool) -> list[Cell]:
         estimates = split.estimates.get(index)
         if estimates is None:
@@ -72,7 +85,7 @@ def _block(split: SplitScores, indices: list[int]) -> Block:
         entries: list[Cell] = []
         for position, index in enumerate(indices):
             entries += cells(index, metric, with_difference=position > 0)
-        rows.append(Row(label=metric, cells=tuple(entries)))
+        rows.append(Row(label=metric, cells=tuple(entries), facts=facts))
     title = f"{split_title(split.key)}: {split.paired.num_samples:,} samples, {split.num_images:,} images"
     return Block(title=title, rows=tuple(rows))
 

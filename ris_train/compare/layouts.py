@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
+
 from ris_cache.errors import ConfigError
-from ris_train.compare.comparison import Comparison, SplitScores, describe_view
-from ris_train.compare.footnotes import row_notes
+from ris_train.compare.comparison import Comparison, SplitScores, describe_view, reference_of
+from ris_train.compare.footnotes import refusals, row_notes
 from ris_train.compare.methods import SplitKey, dataset_title, ordered_splits, split_title
 from ris_train.compare.published import AS_PUBLISHED, published_tables
 from ris_train.compare.tables import ABSENT, Block, Cell, Column, Notes, Row, Table, count_cell, score_cell
@@ -327,9 +329,19 @@ def _finish(
 
 def _caption(part: _Part) -> str:
     parts = [f"rules: {part.rules_name}", f"grid: {part.grid}", "scores in percent"]
+    reference = reference_of(part.comparison.methods)
+    if part.scored and reference is not None:
+        parts.append(f"weights: {part.comparison.methods[reference].weights}")
+        parts += [*_degenerate(part.scored), *refusals(part.comparison)]
     if any(method.is_published for method in part.comparison.methods):
         parts.append(f"published rows: {published_tables().source}")
     return " · ".join(parts)
+
+
+def _degenerate(scored: Sequence[SplitScores]) -> list[str]:
+    """How many samples have an annotation that encloses nothing, where there are any."""
+    number = sum(int(np.count_nonzero(split.paired.any_table.columns["is_degenerate"])) for split in scored)
+    return [f"{number:,} samples of a degenerate annotation, scored with an empty truth"] if number else []
 
 
 def _split_title(split: str) -> str:

@@ -12,9 +12,11 @@ import numpy as np
 
 from ris_cache.errors import ConfigError, DataError
 from ris_train.compare.published import AS_PUBLISHED, PublishedMethod, published_method, published_tables
+from ris_train.compare.reading import printable, read_table
 from ris_train.run import find_run
 from ris_train.scoring.rules import RULES, RuleSet, default_rules
 from ris_train.scoring.samples import SampleTable
+from ris_train.scoring.views import VIEWS
 
 PUBLISHED_PREFIX = "published:"
 DATASET_NAMES = {
@@ -34,6 +36,7 @@ _USUAL_SPLIT_BY = {
 }
 _SPLIT_ORDER = ("train", "val", "testA", "testB", "test")
 NOT_STATED = "not stated"
+_MOST_PARAMETERS = 10**15
 _LABELS = ("category_source", "text", "expressions")
 
 SplitKey = tuple[str, str]
@@ -51,6 +54,7 @@ class Method:
         text: which form of the expression the method read.
         expressions: `own`, or how they were shuffled.
         size: number of parameters as text; None where unknown.
+        weights: labels of the weights that its numbers rest on.
         notes: by view, what its counts there rest on besides, such as masks that were resized.
         splits: its samples by split, one sample each expression; empty for published rows.
         published: its published numbers; None for what was scored here.
@@ -62,6 +66,7 @@ class Method:
     text: str
     expressions: str = "own"
     size: str | None = None
+    weights: str = NOT_STATED
     notes: Mapping[str, str] = field(default_factory=dict)
     splits: Mapping[SplitKey, SampleTable]
     published: PublishedMethod | None = None
@@ -105,14 +110,21 @@ def find_methods(
         raise ConfigError("Nothing to compare. Name runs, samples tables or published rows.")
     methods: list[Method] = []
     for argument in arguments:
-        name, what = _split_name(argument)
-        if what == "published" and name is None:
+        name, what = _split_name(argument, runs_dir)
+        if what == "published":
+            if name is not None:
+                raise ConfigError(
+                    f"{argument!r} gives one name to all published rows. Name one: {name}=published:ours.",
+                    argument=argument,
+                )
             methods += [published_row(key) for key in published_tables().methods]
         elif what.startswith(PUBLISHED_PREFIX):
             methods.append(published_row(what.removeprefix(PUBLISHED_PREFIX), name=name))
         elif what.endswith(".parquet"):
             path = Path(what)
-            methods.append(_from_tables([(path, _read(path))], name=name or _method_name(path)))
+            table = read_table(path)
+            named = name or str(table.metadata.get("method") or path.stem)
+            methods.append(_from_tables([(path, table)], name=named))
         else:
             run = find_run(runs_dir, what).path
             methods.append(_from_tables(_evaluations(run, checkpoint, rules), name=name or run.name))
@@ -174,13 +186,13 @@ def split_title(key: SplitKey) -> str:
     return f"{dataset_title(key[0])} {key[1]}"
 
 
-def _split_name(argument: str) -> tuple[str | None, str]:
+def _split_name(argument: str, runs_dir: Path) -> tuple[str | None, str]:
     name, equals, what = argument.partition("=")
-    if not equals or Path(argument).exists():
+    if not equals or Path(argument).exists() or (runs_dir / argument).exists():
         return None, argument
     if not name.strip() or not what:
         raise ConfigError(f"{argument!r} is no NAME=path.", argument=argument)
-    return _printable(name.strip()), what
+    return printable(name.strip()), what
 
 
 def _tables_named(published: PublishedMethod) -> str:
@@ -199,7 +211,7 @@ def _evaluations(
     paths = sorted((run / "eval").glob("*.parquet"), key=lambda path: (-path.stat().st_mtime_ns, path.name))
     fitting = []
     for path in paths:
-        table = _read(path)
+        table = read_table(path)
         is_own = table.metadata.get("expressions", "own") == "own"
         if is_own and table.metadata.get("checkpoint") == checkpoint and _has_views(table, rules):
             fitting.append((path, table))
@@ -240,34 +252,48 @@ def _from_tables(tables: Sequence[tuple[Path, SampleTable]], *, name: str) -> Me
             used.append(path)
     if not splits:
         raise DataError(f"{tables[0][0]} holds no samples to compare.", path=tables[0][0])
-    labels = {label: str(tables[0][1].metadata.get(label, NOT_STATED)) for label in _LABELS}
-    size, notes = (tables[0][1].metadata.get(name) for name in ("num_parameters", "notes"))
+    metadata = tables[0][1].metadata
+    labels = {label: printable(str(metadata.get(label, NOT_STATED))) for label in _LABELS}
     return Method(
-        name=_printable(name),
+        name=printable(name),
         origin=", ".join(str(path) for path in dict.fromkeys(used)),
-        category_source=_printable(labels["category_source"]),
-        text=_printable(labels["text"]),
-        expressions=_printable(labels["expressions"]),
-        size=f"{size / 1e6:.0f}M" if isinstance(size, int) else None,
-        notes={str(view): _printable(str(note)) for view, note in notes.items()}
-        if isinstance(notes, dict)
-        else {},
+        category_source=labels["category_source"],
+        text=labels["text"],
+        expressions=labels["expressions"],
+        size=_size(metadata.get("num_parameters")),
+        weights=_weights(metadata.get("weights")),
+        notes=_notes(tables[0][1]),
         splits=MappingProxyType({key: splits[key] for key in ordered_splits(splits)}),
     )
 
 
-def _method_name(path: Path) -> str:
-    return str(_read(path).metadata.get("method") or path.stem)
+def _size(num_parameters: object) -> str | None:
+    if not isinstance(num_parameters, int) or isinstance(num_parameters, bool):
+        return None
+    if not 0 < num_parameters < _MOST_PARAMETERS:
+        return None
+    return f"{num_parameters / 1e6:.0f}M"
 
 
-def _read(path: Path) -> SampleTable:
-    if not path.is_file():
-        raise DataError(f"There is no samples table {path}. `ris eval` and `ris score` write one.", path=path)
-    return SampleTable.read(path)
+def _weights(labels: object) -> str:
+    """Labels of all weights in one line."""
+    if not isinstance(labels, dict) or not labels:
+        return NOT_STATED
+    return printable(", ".join(f"{role} {label}" for role, label in labels.items()))
 
 
-def _printable(name: str) -> str:
-    """Replace what could move a terminal's cursor or break a line; names come from files of others."""
-    return "".join(
-        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name
-    )
+def _notes(table: SampleTable) -> dict[str, str]:
+    """By view, what counts rest on besides: what the table says, and whether the threshold was the view's."""
+    given, stated = (table.metadata.get(name) for name in ("notes", "thresholds"))
+    given, stated = (found if isinstance(found, dict) else {} for found in (given, stated))
+    notes = {}
+    for view in table.views:
+        texts = [printable(str(given[view]))] if view in given else []
+        is_predicted = table.metadata.get("source") == "predictions"
+        if is_predicted and view in VIEWS and stated.get(view) != VIEWS[view].threshold:
+            texts.append(
+                f"masks as predicted; that probability > {VIEWS[view].threshold:g} made them is not stated"
+            )
+        if texts:
+            notes[view] = "; ".join(texts)
+    return notes

@@ -63,7 +63,7 @@ def require_view(method: Method, table: SampleTable, view: str, *, rules: str) -
     if view not in table.views:
         raise ConfigError(
             f"{method.name} ({method.origin}) has no counts on the grid {view!r} that the rule set {rules!r} "
-            f"needs; it has {', '.join(table.views)}. Score it again with --rules {rules}.",
+            f"needs; it has {', '.join(table.views) or 'none'}. Score it again with --rules {rules}.",
             method=method.name,
             view=view,
             known=tuple(table.views),

@@ -10,7 +10,7 @@ from ris_cache.errors import ConfigError
 from ris_cache.store.files import write_atomically
 from ris_train.compare.breakdown import Breakdown, break_down, breakdown_dict, breakdown_tables
 from ris_train.compare.comparison import Comparison
-from ris_train.compare.formats import FORMATS, SUFFIXES
+from ris_train.compare.formats import FORMATS, SUFFIXES, to_terminal
 from ris_train.compare.intervals import interval_tables
 from ris_train.compare.layouts import lay_out
 from ris_train.compare.tables import Table
@@ -29,8 +29,14 @@ class Report:
     by: str | None
     breakdowns: tuple[Breakdown, ...]
 
-    def text(self, name: str) -> str:
-        """The tables in one of the `FORMATS`."""
+    def text(self, name: str, *, width: int | None = None) -> str:
+        """The tables in one of the `FORMATS`.
+
+        Args:
+            width: of the terminal that will show them; the other formats have none.
+        """
+        if name == "terminal":
+            return to_terminal(self.tables, width=width)
         return FORMATS[name](self.tables)
 
     def write(self, path: Path, name: str) -> None:

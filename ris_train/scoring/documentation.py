@@ -37,7 +37,7 @@ SAMPLES: Final = {
     "H": SampleCount(0, 0, 0, is_no_target=True),
     "E": SampleCount(0, 0, 0, is_no_target=True, says_no_target=True),
 }
-"""Ten samples on 4 × 4 pixels, on which all rule sets differ; the first five refer to something."""
+"""Ten samples on 4 × 4 pixels that tell no-target rules and epsilons apart; the first six have a target."""
 
 _CASES: Final = {
     "refers to something that covers no pixel; mask empty": SampleCount(0, 0, 0),
@@ -132,7 +132,7 @@ def _formulas() -> str:
     head = (
         "Rule set",
         "Scores",
-        "IoU of a sample",
+        "IoU of a sample; other roundings",
         "IoU if U = 0",
         "Pr@X",
         "No-target samples",
@@ -245,9 +245,15 @@ def _iou_text(rules: RuleSet) -> str:
         text += f"; gIoU {formula(rules.giou.epsilon, rules.giou.is_single)}"
     if rules.is_single_mean:
         text += "; mean in float32"
-    if rules.count_epsilon:
-        text += f"; mean over N + {rules.count_epsilon:.0e}".replace("e-0", "e-")
-    return text
+    others = {
+        "mean over N": rules.count_epsilon,
+        "Σ U": rules.sum_epsilon,
+        "Acc over their number": rules.acc_epsilon,
+    }
+    text += "".join(
+        f"; {what} + {epsilon:.0e}".replace("e-0", "e-") for what, epsilon in others.items() if epsilon
+    )
+    return text + ("; gIoU never updated: 0" if "gIoU" in rules.constants else "")
 
 
 def _empty_text(rules: RuleSet) -> str:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import pty
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -102,7 +107,9 @@ def test_a_histogram_is_written(ris, evaluated, tmp_path):
         (["published:ours", "--out", "x.pdf"], 2, "does not tell its format"),
         (["published:ours", "--rules", "rsi"], 2, "There is no rule set 'rsi'"),
         (["published:ours", "--histogram", "x.svg"], 2, "no samples for a histogram"),
+        (["published:ours", "--by", "size"], 2, "no samples for a breakdown"),
         (["published:ours", "published:ours"], 2, "Two methods are called"),
+        (["mine=published"], 2, "gives one name to all published rows. Name one: mine=published:ours"),
     ],
 )
 def test_mistakes_end_with_a_message_and_their_exit_code(ris, arguments, exit_code, message):
@@ -110,3 +117,24 @@ def test_mistakes_end_with_a_message_and_their_exit_code(ris, arguments, exit_co
     assert result.exit_code == exit_code
     assert message in result.stderr
     assert result.stdout == ""
+
+
+def test_on_a_terminal_no_line_of_the_tables_is_wider_than_it(tmp_path):
+    control, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 72))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli", "compare", "published"], stdout=terminal, env=environment
+    )
+    os.close(terminal)
+    written = b""
+    try:
+        while part := os.read(control, 2**16):
+            written += part
+    except OSError:  # the other end is closed
+        pass
+    os.close(control)
+    assert process.wait() == 0
+    lines = written.decode().splitlines()
+    assert max(map(len, lines)) == 72
+    assert "72.38" in written.decode()
