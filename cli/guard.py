@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import ParamSpec
@@ -12,6 +13,7 @@ import typer
 from ris_cache.errors import RisError
 
 INTERRUPTED = 130
+BROKEN_PIPE = 141
 P = ParamSpec("P")
 
 _debug = False
@@ -40,6 +42,9 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
                 raise
             _report("out of memory; lower --batch-size (or --set train.batch_size=…)", 1, error)
+        except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+            raise typer.Exit(BROKEN_PIPE) from None
         except OSError as error:
             _report(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1, error)
 
@@ -49,5 +54,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
 def _report(message: str, exit_code: int, error: Exception) -> None:
     if _debug:
         raise error
-    print(f"error: {message}", file=sys.stderr)
+    from cli.render import printable
+
+    print(f"error: {printable(message)}", file=sys.stderr)
     raise typer.Exit(exit_code) from None

@@ -115,7 +115,7 @@ def score_predictions(
         text = f"{len(missing)} samples without a prediction are scored as empty masks"
         notes = {view.name: "; ".join(filter(None, [notes.get(view.name), text])) for view in counter.views}
     position = {sample: index for index, sample in enumerate(samples)}
-    metadata = _metadata(file, name, notes)
+    metadata = _metadata(file, name, notes, counter.thresholds())
     results = []
     for split, of_split in annotated.splits.items():
         rows = np.array([position[sample] for sample in of_split], dtype=np.intp)
@@ -263,7 +263,9 @@ def _refuse(path: Path, problems: Mapping[str, list[str]], num_samples: int) -> 
     )
 
 
-def _metadata(file: PredictionFile, name: str, notes: Mapping[str, str]) -> dict[str, Any]:
+def _metadata(
+    file: PredictionFile, name: str, notes: Mapping[str, str], thresholds: Mapping[str, float | None]
+) -> dict[str, Any]:
     """What the samples table says of itself: what the file of predictions says, as far as it is text."""
     info = file.info
     labels = {
@@ -281,6 +283,7 @@ def _metadata(file: PredictionFile, name: str, notes: Mapping[str, str]) -> dict
         "source": "predictions",
         "predictions": str(file.path),
         "notes": dict(notes),
+        "thresholds": dict(thresholds),
     }
 
 
