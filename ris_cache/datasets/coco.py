@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ris_cache.datasets.fields import Record, described, index_records, read_json
+from ris_cache.datasets.fields import Record, described, index_records, read_json, shown
 from ris_cache.datasets.records import Category, ImageRecord, InstanceRecord
 from ris_cache.datasets.segmentation import parse_segmentation
 from ris_cache.errors import DataError
@@ -23,6 +23,11 @@ _NAMES: Final = (
     "vase, scissors, teddy bear, hair drier, toothbrush"
 )
 _UNUSED_IDS: Final = frozenset({12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
+
+_MAX_CATEGORY_ID: Final = 2**31 - 1
+"""As the cache's tables hold it; -1 stands for none there."""
+_MAX_PIXELS: Final = 100_000_000
+"""More than Pillow decodes, and a mask is drawn before any image is."""
 
 COCO_CATEGORIES: Final = tuple(
     Category(category_id=category_id, name=name)
@@ -69,10 +74,7 @@ def read_instances(path: Path, referred: Set[int]) -> CocoInstances:
     images = {
         image_id: _image(record) for image_id, record in tables["images"].items() if image_id in referred
     }
-    categories = tuple(
-        Category(category_id=category_id, name=record.get("name", str))
-        for category_id, record in tables["categories"].items()
-    )
+    categories = tuple(_category(category_id, record) for category_id, record in tables["categories"].items())
     instances = {
         ann_id: _instance(record, images[image_id], tables["categories"])
         for ann_id, record in tables["annotations"].items()
@@ -81,10 +83,18 @@ def read_instances(path: Path, referred: Set[int]) -> CocoInstances:
     return CocoInstances(images=images, instances=instances, categories=categories)
 
 
+def _category(category_id: int, record: Record) -> Category:
+    if not 0 <= category_id <= _MAX_CATEGORY_ID:
+        raise record.error("id", f"should be from 0 to {_MAX_CATEGORY_ID}", found=category_id)
+    return Category(category_id=category_id, name=record.get("name", str))
+
+
 def _image(record: Record) -> ImageRecord:
     height, width = (record.get(name, int) for name in ("height", "width"))
     if height < 1 or width < 1:
         raise record.error("height", f"and `width` should be positive, not {height} and {width}")
+    if height * width > _MAX_PIXELS:
+        raise record.error("height", f"times `width` is more than {_MAX_PIXELS}: {height} times {width}")
     return ImageRecord(
         image_id=record.get("id", int),
         file_name=record.get("file_name", str),
@@ -99,7 +109,7 @@ def _instance(record: Record, image: ImageRecord, categories: dict[int, Record])
         raise record.error("category_id", f"is {category_id}, which `categories` lacks", found=category_id)
     is_crowd = record.fields.get("iscrowd", 0)
     if is_crowd not in (0, 1):
-        raise record.error("iscrowd", f"should be 0 or 1, not {is_crowd!r:.80}", found=is_crowd)
+        raise record.error("iscrowd", f"should be 0 or 1, not {shown(is_crowd)}", found=is_crowd)
     try:
         segmentation = parse_segmentation(record.fields.get("segmentation"), (image.height, image.width))
     except DataError as error:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from ris_cache.datasets.coco import COCO_CATEGORIES
-from ris_cache.datasets.image_roots import ImageRoots, custom_path
+from ris_cache.datasets.image_roots import ImageRoots
 from ris_cache.datasets.json_lines import Line, StatedTarget, read_lines
 from ris_cache.datasets.pictures import frame_size, read_mask
 from ris_cache.datasets.records import (
@@ -65,8 +65,9 @@ def load_custom(root: Path, name: str, *, drop_degenerate: bool = False) -> Refe
     if not lines:
         raise DataError(f"{path} holds no expression. Write one JSON object a line.", path=path)
     namespace = f"{CUSTOM}/{name}"
-    images = _images(lines, root, namespace)
-    objects = _Objects(root=root, namespace=namespace)
+    roots = ImageRoots(root)
+    images = _images(lines, roots, namespace)
+    objects = _Objects(roots=roots, namespace=namespace)
     targets = {line.number: objects.add(line, images[line.image]) for line in lines}
     instances = objects.instances()
     dataset = ReferringDataset(
@@ -115,14 +116,14 @@ def _warnings(lines: Sequence[Line]) -> tuple[str, ...]:
 # Images.
 
 
-def _images(lines: Sequence[Line], root: Path, namespace: str) -> dict[str, ImageRecord]:
+def _images(lines: Sequence[Line], roots: ImageRoots, namespace: str) -> dict[str, ImageRecord]:
     """Return the images by their path as the lines give it."""
     first_lines: dict[str, Line] = {}
     for line in lines:
         first_lines.setdefault(line.image, line)
     for image, line in first_lines.items():
-        _inside(root, image, line, "image")
-    paths = ImageRoots(root).find_all(f"{CUSTOM}/{image}" for image in first_lines)
+        _inside(roots, image, line, "image")
+    paths = roots.find_all(f"{CUSTOM}/{image}" for image in first_lines)
     images: dict[str, ImageRecord] = {}
     known: dict[int, str] = {}
     for image, line in first_lines.items():
@@ -145,9 +146,9 @@ def _images(lines: Sequence[Line], root: Path, namespace: str) -> dict[str, Imag
     return images
 
 
-def _inside(root: Path, relative: str, line: Line, place: str) -> Path:
+def _inside(roots: ImageRoots, relative: str, line: Line, place: str) -> Path:
     try:
-        return custom_path(root, relative)
+        return roots.custom_path(relative)
     except DataError as error:
         raise line.record.error(place, f"is no usable path: {error}", found=relative) from error
 
@@ -171,7 +172,7 @@ class _Objects:
         masks: that were read, by path and image.
     """
 
-    root: Path
+    roots: ImageRoots
     namespace: str
     found: dict[int, tuple[int, Segmentation]] = field(default_factory=dict)
     names: dict[int, tuple[str, int]] = field(default_factory=dict)
@@ -214,10 +215,9 @@ class _Objects:
             if target.shape == "polygons" and any(isinstance(part, dict) for part in target.value):
                 raise line.record.error(target.place, "holds an object; give run-length masks as `rle`")
             return parse_segmentation(target.value, size)
-        path = _inside(self.root, target.value, line, target.place)
         key = (target.value, image.image_id)
         if key not in self.masks:
-            self.masks[key] = read_mask(path, size)
+            self.masks[key] = read_mask(_inside(self.roots, target.value, line, target.place), size)
         return self.masks[key]
 
     def categories(self) -> tuple[Category, ...]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from ris_cache.errors import DataError
 
@@ -37,21 +38,21 @@ class Record:
         """
         value = self.fields.get(name)
         if type(value) is not kind:
-            raise self.error(name, f"should be of type {kind.__name__}, not {value!r:.80}", found=value)
+            raise self.error(name, f"should be of type {kind.__name__}, not {shown(value)}", found=value)
         if not is_storable(value):
-            raise self.error(name, f"is beyond 64 bits or no valid Unicode: {value!r:.80}", found=value)
+            raise self.error(name, f"is beyond 64 bits or no valid Unicode: {shown(value)}", found=value)
         return value
 
     def ids(self, name: str) -> tuple[int, ...]:
         """Return a field that is one id or a list of them.
 
         Raises:
-            DataError: it is neither.
+            DataError: it is neither, or an id has more than 64 bits.
         """
         value = self.fields.get(name)
         found: list[Any] = value if isinstance(value, list) else [value]
-        if not all(type(item) is int for item in found):
-            raise self.error(name, f"should be an id or a list of ids, not {value!r:.80}", found=value)
+        if not all(type(item) is int and is_storable(item) for item in found):
+            raise self.error(name, f"should be an id or a list of ids, not {shown(value)}", found=value)
         return tuple(found)
 
     def error(self, name: str, problem: str, **facts: object) -> DataError:
@@ -130,6 +131,30 @@ def json_problem(error: Exception) -> str:
 def described(value: object) -> str:
     """Say what a value is, without showing it."""
     return "an empty list" if value == [] else f"a value of type {type(value).__name__}"
+
+
+class _Brief(reprlib.Repr):
+    """`repr` for values of a hostile file.
+
+    A few nested lists that share their items have a `repr` of terabytes, and a number of thousands of digits
+    has none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 2
+        self.maxstring = self.maxother = 80
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 128 else f"a number of {x.bit_length()} bits"
+
+
+_BRIEF: Final = _Brief()
+
+
+def shown(value: object) -> str:
+    """Show a value of a file in an error: at most 80 characters of it, on one line."""
+    return _BRIEF.repr(value)[:80]
 
 
 def is_storable(value: object) -> bool:

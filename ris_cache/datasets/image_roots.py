@@ -7,6 +7,7 @@ root. All other names are plain. No name leads out of its folder.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
@@ -35,13 +36,14 @@ _MAX_EXAMPLES: Final = 5
 class ImageRoots:
     """The image folders under one data root, searched in a fixed order.
 
-    Folders are listed once, on first need, because one listing of 80,000 names costs less than asking the
-    file system for each image. Images that arrive later are seen by a new object only.
+    COCO's folders are listed once, on first need, because one listing of 80,000 names costs less than asking
+    the file system for each image. Images that arrive later are seen by a new object only.
     """
 
     def __init__(self, data_root: Path) -> None:
         self.data_root = data_root
         self._names: dict[Path, frozenset[str]] = {}
+        self._custom_folders: dict[Path, bool] = {}
 
     def directories_for(self, file_name: str) -> tuple[Path, ...]:
         """Folders where this image may lie, first match wins; `COCO_val2014_…` names have their own."""
@@ -58,7 +60,7 @@ class ImageRoots:
                 out of the custom folder; or a folder cannot be read.
         """
         if _is_custom(file_name):
-            path = custom_path(self.data_root, file_name.removeprefix(f"{_CUSTOM_DIR}/"))
+            path = self.custom_path(file_name.removeprefix(f"{_CUSTOM_DIR}/"))
             return path if path.is_file() else None
         if file_name in ("", ".", "..") or any(character in file_name for character in "/\\\0"):
             raise DataError(
@@ -70,6 +72,50 @@ class ImageRoots:
             if file_name in self._names_in(directory):
                 return directory / file_name
         return None
+
+    def custom_path(self, relative: str) -> Path:
+        """Return the path of a custom dataset's image or mask, which need not be there.
+
+        Args:
+            relative: to `<data_root>/custom`, with forward slashes.
+        Raises:
+            DataError: it is no plain relative path, or it leads out of the folder, be it by a symbolic link.
+        """
+        folder = self.data_root / _CUSTOM_DIR
+        path = folder / relative
+        is_plain = not any(part in ("", ".", "..") for part in relative.split("/")) and "\\" not in relative
+        try:
+            is_inside = is_plain and self._stays_inside(path)
+        except (OSError, RuntimeError, ValueError) as error:
+            # A loop of links, a folder that may not be entered, or a name that the file system cannot hold.
+            raise DataError(
+                f"The path {relative!r:.200} cannot be followed: {error}.", path=relative
+            ) from error
+        if not is_inside:
+            raise DataError(
+                f"The path {relative!r:.200} is not one below {folder}. Write it relative to that folder, "
+                "with forward slashes and without `.` or `..`, and put the file there, not a link to "
+                "elsewhere.",
+                path=relative,
+                directory=folder,
+            )
+        return path
+
+    def _stays_inside(self, path: Path) -> bool:
+        """Whether links lead nowhere else; each folder is followed once, since that is slow."""
+        is_inside = self._custom_folders.get(path.parent)
+        if is_inside is None:
+            is_inside = self._custom_folders[path.parent] = self._resolves_inside(path.parent)
+        if not is_inside:
+            return False
+        try:
+            is_link = stat.S_ISLNK(path.lstat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        return not is_link or self._resolves_inside(path)
+
+    def _resolves_inside(self, path: Path) -> bool:
+        return path.resolve().is_relative_to((self.data_root / _CUSTOM_DIR).resolve())
 
     def resolve(self, images: Iterable[ImageRecord]) -> dict[int, Path]:
         """Find every image, or say in one error which are missing.
@@ -129,33 +175,6 @@ class ImageRoots:
         if names is None:
             names = self._names[directory] = _list_files(directory)
         return names
-
-
-def custom_path(data_root: Path, relative: str) -> Path:
-    """Return the path of a custom dataset's image or mask, which need not be there.
-
-    Args:
-        relative: to `<data_root>/custom`, with forward slashes.
-    Raises:
-        DataError: it is no plain relative path, or it leads out of the folder, be it by a symbolic link.
-    """
-    folder = data_root / _CUSTOM_DIR
-    path = folder / relative
-    is_plain = not any(part in ("", ".", "..") for part in relative.split("/")) and "\\" not in relative
-    try:
-        is_inside = is_plain and path.resolve().is_relative_to(folder.resolve())
-        path.exists()
-    except (OSError, RuntimeError, ValueError) as error:
-        # A loop of links, a folder that may not be entered, or a name that the file system cannot hold.
-        raise DataError(f"The path {relative!r:.200} cannot be followed: {error}.", path=relative) from error
-    if not is_inside:
-        raise DataError(
-            f"The path {relative!r:.200} is not one below {folder}. Write it relative to that folder, with "
-            "forward slashes and without `.` or `..`, and put the file there, not a link to elsewhere.",
-            path=relative,
-            directory=folder,
-        )
-    return path
 
 
 def _is_custom(file_name: str) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from ris_cache.datasets.fields import Record, described, json_problem
+from ris_cache.datasets.fields import Record, described, json_problem, shown
 from ris_cache.datasets.selection import require_free_name
 from ris_cache.errors import ConfigError, DataError
 
@@ -86,7 +86,7 @@ def _parse(encoded: bytes, path: Path, number: int) -> Line | None:
         text = encoded.decode("utf-8-sig" if number == 1 else "utf-8")
         if not text.strip():
             return None
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_without_repeats)
         if not isinstance(value, dict):
             raise _bad_line(path, number, f"should be a JSON object, not {described(value)}")
         return _checked(Record(value, path, "line", number, _ADVICE), number)
@@ -96,6 +96,16 @@ def _parse(encoded: bytes, path: Path, number: int) -> Line | None:
         raise _bad_line(path, number, f"is not UTF-8 ({error.reason} at byte {error.start})") from error
     except (ValueError, RecursionError, MemoryError) as error:
         raise _bad_line(path, number, f"is not JSON ({json_problem(error)})") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two `polygons` in one object, JSON keeps the last in silence."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {shown(repeated)} stands twice in one object")
+    return found
 
 
 def _bad_line(path: Path, number: int, problem: str) -> DataError:
@@ -143,7 +153,7 @@ def _targets(record: Record) -> tuple[StatedTarget, ...]:
     for position, value in enumerate(record.get("targets", list)):
         place = f"targets[{position}]"
         if not isinstance(value, dict):
-            raise record.error(place, f"should be an object, not {value!r:.80}", found=value)
+            raise record.error(place, f"should be an object, not {shown(value)}", found=value)
         _refuse_unknown_keys(record, value, _TARGET_KEYS, f"{place}.")
         if sum(key in value for key in SHAPES) != 1:
             raise record.error(place, f"should have one of {', '.join(SHAPES)}", found=sorted(value))
@@ -155,13 +165,13 @@ def _target(record: Record, fields: dict[str, Any], prefix: str) -> StatedTarget
     shape = next(key for key in SHAPES if key in fields)
     value = fields[shape]
     if type(value) is not SHAPES[shape]:
-        problem = f"should be of type {SHAPES[shape].__name__}, not {value!r:.80}"
+        problem = f"should be of type {SHAPES[shape].__name__}, not {shown(value)}"
         raise record.error(f"{prefix}{shape}", problem, found=value)
     category = None
     if "category" in fields:
         category = Record(fields, record.path, "line", record.identity, _ADVICE).get("category", str)
         if category != category.strip() or not category:
-            raise record.error(f"{prefix}category", f"is blank or padded: {category!r:.80}", found=category)
+            raise record.error(f"{prefix}category", f"is blank or padded: {shown(category)}", found=category)
     return StatedTarget(place=f"{prefix}{shape}", shape=shape, value=value, category=category)
 
 
@@ -171,4 +181,6 @@ def _refuse_unknown_keys(record: Record, fields: dict[str, Any], known: tuple[st
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known)}"
-            raise record.error(f"{prefix}{key:.40}", f"is no key of this format{hint}", found=key)
+            raise record.error(
+                f"{prefix}{shown(key)[1:-1]:.40}", f"is no key of this format{hint}", found=key
+            )

@@ -26,13 +26,21 @@ _DECODING_ERRORS: Final = (
     IndexError,
     KeyError,
     OverflowError,
+    RuntimeError,
+    AttributeError,
+    ArithmeticError,
+    MemoryError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
 )
 """What Pillow raises on damaged bytes; there is no common base class."""
 
+_RUNS_A_PROGRAM: Final = frozenset({"EPS"})
+"""Formats that Pillow hands to another program, here Ghostscript, which must not see a stranger's file."""
+
 _ORIENTED: Final = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
+_UPRIGHT: Final = frozenset({None, 0, 1})
 _TURNED: Final = frozenset({5, 6, 7, 8})
 _LOSSY: Final = frozenset({"JPEG", "MPO"})
 _WITH_ALPHA: Final = frozenset({"LA", "PA", "La", "RGBA", "RGBa"})
@@ -42,15 +50,15 @@ def frame_size(path: Path) -> tuple[int, int]:
     """Read (H, W) of an image from its header; the pixels are not decoded.
 
     Raises:
-        DataError: the file is missing, no image, or larger than Pillow's limit against decompression bombs.
+        DataError: the file is missing, no image, of a format that needs another program, or larger than
+            Pillow's limit against decompression bombs.
     """
+    _require_file(path)
     try:
         with Image.open(path) as image:
-            _refuse_bomb(path, image.size)
+            _require_usable(path, image)
             width, height = image.size
-            # Without metadata in the header, getexif would decode a whole PNG to look for some at its end.
-            has_orientation = not _ORIENTED.isdisjoint(image.info)
-            orientation = image.getexif().get(ExifTags.Base.Orientation) if has_orientation else None
+            orientation = _orientation(image)
     except DataError:
         raise
     except _DECODING_ERRORS as error:
@@ -66,11 +74,13 @@ def read_mask(path: Path, size: tuple[int, int]) -> Segmentation:
     Returns:
         `()` if nothing is foreground.
     Raises:
-        DataError: the file is missing, damaged, no image, of another size, or a JPEG, whose zeros are not
-            exact.
+        DataError: the file is missing, damaged, no image, of another size, to be turned by its EXIF
+            orientation, or a JPEG, whose zeros are not exact.
     """
+    _require_file(path)
     try:
         with Image.open(path) as image:
+            _require_usable(path, image)
             found = (image.size[1], image.size[0])
             if found != size:
                 raise DataError(
@@ -83,6 +93,12 @@ def read_mask(path: Path, size: tuple[int, int]) -> Segmentation:
             if image.format in _LOSSY:
                 raise DataError(
                     f"The mask {path} is a JPEG, which blurs what is zero and what is not. Save it as PNG.",
+                    path=path,
+                )
+            if _orientation(image) not in _UPRIGHT:
+                raise DataError(
+                    f"The mask {path} has an EXIF orientation, so its pixels are not in the order shown. "
+                    "Save it without.",
                     path=path,
                 )
             has_alpha = image.mode in _WITH_ALPHA
@@ -100,16 +116,32 @@ def read_mask(path: Path, size: tuple[int, int]) -> Segmentation:
     return Rle(size=size, counts=encoded["counts"].decode("ascii"))
 
 
-def _refuse_bomb(path: Path, size: tuple[int, int]) -> None:
-    """Stop where Pillow only warns."""
+def _require_file(path: Path) -> None:
+    """Reading a named pipe or a device might never end."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is no file. Put an image there.", path=path)
+
+
+def _require_usable(path: Path, image: Image.Image) -> None:
+    """Refuse what would hurt to decode; of bombs Pillow only warns."""
+    width, height = image.size
     limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and size[0] * size[1] > limit:
+    if limit is not None and width * height > limit:
         raise DataError(
-            f"Image {path} claims {size[1]}x{size[0]} pixels, more than the {limit} that are decoded (a "
+            f"Image {path} claims {height}x{width} pixels, more than the {limit} that are decoded (a "
             "decompression bomb?). Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if it is genuine.",
             path=path,
             limit=limit,
         )
+    if image.format in _RUNS_A_PROGRAM:
+        raise DataError(f"{path} is in the format {image.format}. Save it as PNG.", path=path)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    # Without metadata in the header, getexif would decode a whole PNG to look for some at its end.
+    has_orientation = not _ORIENTED.isdisjoint(image.info)
+    orientation: int | None = image.getexif().get(ExifTags.Base.Orientation) if has_orientation else None
+    return orientation
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:

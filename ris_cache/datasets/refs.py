@@ -9,6 +9,7 @@ is never read: it carries an object suffix and names no image.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Final
 
 from ris_cache.datasets import safe_pickle
 from ris_cache.datasets.coco import CocoInstances, read_instances
-from ris_cache.datasets.fields import Record, described, index_records, is_storable, read_json
+from ris_cache.datasets.fields import Record, described, index_records, is_storable, read_json, shown
 from ris_cache.datasets.records import ExpressionRecord, InstanceRecord, ReferringDataset
+from ris_cache.datasets.selection import REFER_SPLITS, SPLIT_NAMES, matching_splits
 from ris_cache.errors import DataError
 
 _REFS_NAME: Final = re.compile(r"g?refs\((.*)\)\.(?:p|json)")
@@ -110,7 +112,7 @@ def load_published(
         instances=coco.instances,
         expressions=expressions,
         categories=coco.categories,
-        warnings=tally.warnings(),
+        warnings=(*tally.warnings(), *_unselectable_splits(name, expressions)),
     )
     return handle_degenerate(dataset, drop=drop_degenerate)
 
@@ -193,6 +195,14 @@ def _read_refs(path: Path) -> dict[int, Record]:
 # Refs to expressions.
 
 
+def _unselectable_splits(name: str, expressions: tuple[ExpressionRecord, ...]) -> Iterator[str]:
+    """Warn of labels that no split name asks for, whose expressions only the whole dataset has."""
+    known = SPLIT_NAMES.get(name, REFER_SPLITS)
+    for label, number in Counter(expression.split for expression in expressions).items():
+        if not any(matching_splits(split, (label,), name) for split in known):
+            yield f"Expressions of split {shown(label)}, which none of {', '.join(known)} selects: {number}."
+
+
 def _expressions(
     refs: Iterable[Record],
     coco: CocoInstances,
@@ -266,18 +276,18 @@ def _sentences(ref: Record) -> list[tuple[int, str, str]]:
     sentences = []
     for position, value in enumerate(ref.get("sentences", list)):
         if not isinstance(value, dict):
-            raise ref.error(f"sentences[{position}]", f"should be a dict, not {value!r:.80}", found=value)
+            raise ref.error(f"sentences[{position}]", f"should be a dict, not {shown(value)}", found=value)
         for name, kind in (("sent_id", int), ("raw", str), ("sent", str)):
             if type(value.get(name)) is not kind:
                 raise ref.error(
                     f"sentences[{position}].{name}",
-                    f"should be of type {kind.__name__}, not {value.get(name)!r:.80}",
+                    f"should be of type {kind.__name__}, not {shown(value.get(name))}",
                     found=value.get(name),
                 )
             if not is_storable(value[name]):
                 raise ref.error(
                     f"sentences[{position}].{name}",
-                    f"is beyond 64 bits or no valid Unicode: {value[name]!r:.80}",
+                    f"is beyond 64 bits or no valid Unicode: {shown(value[name])}",
                     found=value[name],
                 )
         sentences.append((value["sent_id"], value["raw"], value["sent"]))

@@ -294,7 +294,7 @@ def _run_lengths(counts: str, size: tuple[int, int]) -> npt.NDArray[np.int64]:
     bits of value, least significant group first, and a sixth bit when more follow; the last group is signed.
     From the fourth on, lengths are stored as the difference from the one two before.
     """
-    bits = np.frombuffer(counts.encode("utf-8"), dtype=np.uint8).astype(np.int64) - ord("0")
+    bits = np.frombuffer(counts.encode("utf-8", "surrogatepass"), dtype=np.uint8).astype(np.int64) - ord("0")
     if np.any((bits < 0) | (bits >= 64)):
         raise _malformed("has a character in its RLE counts that COCO's code lacks", counts)
     is_last = bits & 32 == 0
@@ -311,7 +311,8 @@ def _run_lengths(counts: str, size: tuple[int, int]) -> npt.NDArray[np.int64]:
     runs[2::2] = np.cumsum(runs[2::2])
     if np.any(runs < 0):
         raise _malformed("has a run of negative length in its RLE counts", counts)
-    _check_total(int(runs.sum()), size)
+    longest = int(runs.max(initial=0))  # looked at first, since the sum of too long runs may overflow
+    _check_total(longest if longest > size[0] * size[1] else int(runs.sum()), size)
     return runs
 
 

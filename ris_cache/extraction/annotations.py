@@ -106,14 +106,16 @@ def nearest_categories(
     if not texts:
         return np.zeros(0, np.int64)
     # Annotators repeat themselves ("left", "man in red"), so each different text is encoded once.
-    different, inverse = np.unique(np.array(texts), return_inverse=True)
+    # Not by an array of texts, in which each takes as much memory as the longest.
+    different = sorted(set(texts))
+    places = {text: place for place, text in enumerate(different)}
     nearest = []
     for start in range(0, len(different), _TEXT_BATCH):
         if should_stop():
             raise StoppedError("Stopped while embedding expressions; all features are done.")
-        texts_embedded = encoders.encode_texts(list(different[start : start + _TEXT_BATCH])).cpu()
+        texts_embedded = encoders.encode_texts(different[start : start + _TEXT_BATCH]).cpu()
         nearest.append((texts_embedded @ embeddings.T).argmax(dim=1))
-    found: npt.NDArray[np.int64] = torch.cat(nearest).numpy()[inverse]
+    found: npt.NDArray[np.int64] = torch.cat(nearest).numpy()[[places[text] for text in texts]]
     return found
 
 

@@ -6,7 +6,7 @@ E CLIP's joint width, K categories.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ris_cache.store import files, tables
 from ris_cache.store.backends import make_backend
 from ris_cache.store.batch import FeatureBatch
 from ris_cache.store.checking import Integrity, RowChecker, require_integrity
+from ris_cache.store.columns import expression_columns
 from ris_cache.store.fingerprint import Fingerprint
 from ris_cache.store.layout import FeatureStore, Way
 from ris_cache.store.manifest import DatasetEntry, Manifest
@@ -134,7 +135,8 @@ class FeatureCache:
     @property
     def quarantined(self) -> dict[int, str]:
         """Why an image has no features, by image_id."""
-        return {image_id: image.reason for image_id, image in self.images.items() if image.reason is not None}
+        ids, reasons = (self._table.column(name).to_pylist() for name in ("image_id", "reason"))
+        return {image_id: reason for image_id, reason in zip(ids, reasons, strict=True) if reason is not None}
 
     def __len__(self) -> int:
         """Number of images with features."""
@@ -266,8 +268,23 @@ class FeatureCache:
         table = self._read_table(self._dataset(table_name).expressions_file, tables.EXPRESSIONS)
         return tuple(tables.read_expressions(table))
 
-    def instances(self, table_name: str) -> dict[int, InstanceRecord]:
-        """Return the instances of `<dataset>.<split_by>` by ann_id.
+    def expression_columns(
+        self, table_name: str, names: Sequence[str], *, splits: Collection[str] | None = None
+    ) -> tuple[list[Any], ...]:
+        """Return some columns of `expressions`, a list each: for many expressions without a record of each.
+
+        Args:
+            names: columns of `tables.EXPRESSIONS`.
+            splits: those wanted; by default all.
+
+        Raises:
+            CacheMissError: no such table; the message lists those there are.
+        """
+        table = self._read_table(self._dataset(table_name).expressions_file, tables.EXPRESSIONS)
+        return expression_columns(table, names, splits=splits)
+
+    def instances(self, table_name: str) -> Mapping[int, InstanceRecord]:
+        """Return the instances of `<dataset>.<split_by>` by ann_id; each is parsed when it is asked for.
 
         Raises:
             CacheMissError: no such table; the message lists those there are.

@@ -21,8 +21,9 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from ris_cache.datasets.records import ExpressionRecord, InstanceRecord
-from ris_cache.datasets.segmentation import from_json, to_json
+from ris_cache.datasets.segmentation import to_json
 from ris_cache.errors import CorruptShardError, ShapeError
+from ris_cache.store.columns import InstanceTable, expression_columns
 
 OK = "ok"
 QUARANTINED = "quarantined"
@@ -208,12 +209,9 @@ def expressions_table(expressions: Sequence[ExpressionRecord], clip_category_ids
 def read_expressions(table: Any) -> list[CachedExpression]:
     """Return the expressions of a table, in its order."""
     names = (*EXPRESSIONS.names[: EXPRESSIONS.names.index("no_target")], "clip_category_id")
-    columns = {name: table.column(name).to_pylist() for name in names}
-    for name in ("ann_ids", "category_ids"):
-        columns[name] = [tuple(values) for values in columns[name]]
+    columns = expression_columns(table, names)
     return [
-        CachedExpression(**dict(zip(names, values, strict=True)))
-        for values in zip(*columns.values(), strict=True)
+        CachedExpression(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)
     ]
 
 
@@ -232,19 +230,9 @@ def instances_table(instances: Iterable[InstanceRecord]) -> Any:
     )
 
 
-def read_instances(table: Any) -> dict[int, InstanceRecord]:
-    """Return the instances of a table by ann_id."""
-    columns = [table.column(name).to_pylist() for name in INSTANCES.names]
-    return {
-        ann_id: InstanceRecord(
-            ann_id=ann_id,
-            image_id=image_id,
-            category_id=category_id,
-            segmentation=from_json(segmentation),
-            is_crowd=is_crowd,
-        )
-        for ann_id, image_id, category_id, segmentation, is_crowd in zip(*columns, strict=True)
-    }
+def read_instances(table: Any) -> InstanceTable:
+    """Return the instances of a table by ann_id; segmentations are parsed when they are asked for."""
+    return InstanceTable(table)
 
 
 def table_bytes(table: Any) -> bytes:

@@ -54,12 +54,14 @@ class CustomLayoutWriter:
         return (self.root / CUSTOM / f"{CUSTOM_NAME}.jsonl",)
 
     def add(self, composed: ComposedImage, jpeg: bytes, place: Place) -> None:
-        """Write the image, the mask files that its lines name, and keep the lines."""
+        """Write the image and mask files, and keep the lines; an image without lines is left out."""
         number = POOLS[CUSTOM].index(place.split)
         rng = np.random.default_rng((self.seed, tuple(POOLS).index(CUSTOM), number, place.index, _LANGUAGE))
         stem = f"{place.split}_{place.index:06d}"
-        put_image(self.root / CUSTOM / CUSTOM_NAME / f"{stem}.jpg", jpeg)
         refs = mixed_refs(rng, composed, self.shares.get(place.split, PLAIN_SHARES))
+        if not refs:
+            return
+        put_image(self.root / CUSTOM / CUSTOM_NAME / f"{stem}.jpg", jpeg)
         for ref in refs:
             for sentence in ref.sentences:
                 self._lines.append(self._line(rng, composed, ref, sentence, stem) | {"split": place.split})

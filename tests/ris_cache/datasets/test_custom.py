@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,13 @@ def files(tmp_path: Path) -> Files:
     for name in ("1.png", "2.png"):
         made.mask(f"pictures/{name}", np.zeros((HEIGHT, WIDTH, 3)))
     return made
+
+
+def raising(kind: type[Exception]) -> Callable[..., Any]:
+    def fail(*arguments: Any, **options: Any) -> Any:
+        raise kind("damaged")
+
+    return fail
 
 
 def spot() -> np.ndarray:
@@ -364,6 +373,8 @@ def test_what_is_wrong_with_a_line_is_named(files: Files, changes: dict[str, Any
         (b'{"a":' * 100_000, "is not JSON (it nests too deeply)"),
         (b'{"ref_id": ' + b"9" * 5000 + b"}", "is not JSON (it holds a number of thousands of digits)"),
         (b"{} {}", "is not JSON (Extra data"),
+        (b'{"mask": "a", "mask": "b"}', "is not JSON (the key 'mask' stands twice in one object)"),
+        (b'{"targets": [{"rle": 1, "rle": 2}]}', "is not JSON (the key 'rle' stands twice in one object)"),
     ],
 )
 def test_a_line_that_is_no_json_object_is_named(files: Files, line: bytes, problem: str) -> None:
@@ -459,6 +470,42 @@ def test_a_decompression_bomb_is_refused(files: Files, monkeypatch: pytest.Monke
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(DataError, match="DecompressionBombError"):
         files.load()
+
+
+@pytest.mark.parametrize("key", ["image", "mask"])
+def test_a_file_that_pillow_would_give_to_another_program_is_refused(files: Files, key: str) -> None:
+    Image.new("L", (WIDTH, HEIGHT)).save(files.folder / "m.png", "EPS")
+    files.add(**{key: "m.png"})
+    with pytest.raises(DataError, match="is in the format EPS"):
+        files.load()
+
+
+def test_a_named_pipe_is_not_waited_for(files: Files) -> None:
+    os.mkfifo(files.folder / "m.png")
+    files.add(mask="m.png")
+    with pytest.raises(DataError, match="is no file"):
+        files.load()
+
+
+def test_whatever_pillow_raises_on_damaged_bytes_names_the_line(
+    files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.add(mask=files.mask("m.png", spot()))
+    for kind in (NotImplementedError, AttributeError, ZeroDivisionError, MemoryError):
+        monkeypatch.setattr(Image, "open", raising(kind))
+        with pytest.raises(DataError, match=f"line 1: `image` cannot be used: .*{kind.__name__}"):
+            files.load()
+
+
+def test_a_mask_that_is_shown_turned_is_refused(files: Files) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    files.add(mask=files.mask("m.png", spot(), exif=exif))
+    with pytest.raises(DataError, match="has an EXIF orientation"):
+        files.load()
+    exif[0x0112] = 1
+    files.lines[0]["mask"] = files.mask("m.png", spot(), exif=exif)
+    assert len(files.load().instances) == 1
 
 
 def test_a_mask_of_another_size_or_in_lossy_form_is_refused(files: Files) -> None:

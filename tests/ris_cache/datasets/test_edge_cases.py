@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -536,3 +537,65 @@ def test_load_dataset_knows_every_name(published):
 def test_unknown_names_are_refused(dataset, split_by, text, tmp_path):
     with pytest.raises(ConfigError, match=text):
         load_dataset(tmp_path, dataset, split_by)
+
+
+def shared_list(depth: int) -> list[Any]:
+    """Two items that are one list, of two items that are one list, …: small in a file, 2**depth to show."""
+    value: list[Any] = [1, 1]
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize("value", [10**5000, shared_list(50)], ids=["huge number", "shared lists"])
+@pytest.mark.parametrize("field", ["ref_id", "image_id", "split", "sentences", "ann_id", "sent_id"])
+@pytest.mark.parametrize("name", ["refcoco", "ref-zom"])
+def test_a_value_too_large_to_be_shown_is_refused_at_once(published, name, field, value):
+    files = published(name)
+    (files.refs[0]["sentences"][0] if field == "sent_id" else files.refs[0])[field] = value
+    with pytest.raises(DataError, match=field) as caught:
+        files.load()
+    assert len(str(caught.value)) < 600
+
+
+@every_dataset
+def test_a_split_that_no_name_selects_is_reported(published, name):
+    files = published(name)
+    assert not any("selects" in warning for warning in files.load().warnings)
+    files.refs[0]["split"] = "Train"
+    (warning,) = (warning for warning in files.load().warnings if "selects" in warning)
+    assert warning.startswith("Expressions of split 'Train', which none of train, ")
+    assert warning.endswith(" selects: 2.")
+
+
+@every_dataset
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_loading_leaves_garbage_collection_as_it_was(published, name, was_enabled):
+    files = published(name)
+    try:
+        (gc.enable if was_enabled else gc.disable)()
+        files.load()
+        assert gc.isenabled() is was_enabled
+        files.instances = {}
+        with pytest.raises(DataError):
+            files.load()
+        assert gc.isenabled() is was_enabled
+    finally:
+        gc.enable()
+
+
+@every_dataset
+@pytest.mark.parametrize("category_id", [-1, 2**31])
+def test_a_category_id_that_the_cache_cannot_hold_is_refused(published, name, category_id):
+    files = published(name)
+    files.instances["categories"].append({"id": category_id, "name": "cat"})
+    with pytest.raises(DataError, match=f"category_id {category_id}: `id` should be from 0 to 2147483647"):
+        files.load()
+
+
+@every_dataset
+def test_an_image_that_claims_a_giant_size_is_refused(published, name):
+    files = published(name)
+    files.instances["images"][0] |= {"height": 10_001, "width": 10_000}
+    with pytest.raises(DataError, match="image_id 10: `height` times `width` is more than 100000000"):
+        files.load()

@@ -199,3 +199,22 @@ def test_a_folder_that_cannot_be_listed_is_a_data_error(
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match=r"Cannot list the image folder .*train2014: Permission denied"):
         ImageRoots(tmp_path).path_of(TRAIN)
+
+
+def test_a_custom_folder_is_followed_once_however_many_images_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"custom/{folder}/{i}.jpg" for folder in "ab" for i in range(20)]
+    for name in names:
+        put(tmp_path, str(Path(name).parent), Path(name).name)
+    followed: list[Path] = []
+    resolve = Path.resolve
+
+    def counting(path: Path, strict: bool = False) -> Path:
+        followed.append(path)
+        return resolve(path, strict)
+
+    monkeypatch.setattr(Path, "resolve", counting)
+    assert len(ImageRoots(tmp_path).find_all(names)) == 40
+    assert set(followed) == {tmp_path / "custom", tmp_path / "custom/a", tmp_path / "custom/b"}
+    assert len(followed) == 4

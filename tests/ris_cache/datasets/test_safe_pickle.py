@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ris_cache.datasets import safe_pickle
+from ris_cache.datasets.pickle_machine import PickleMachine
 from ris_cache.errors import DataError, UnsafePickleError
 
 EXTENSION_CODE = 0xF1
@@ -353,7 +354,7 @@ def test_memory_that_runs_out_is_a_data_error(write: Write, monkeypatch: pytest.
     def exhausted(machine: object) -> object:
         raise MemoryError
 
-    monkeypatch.setattr(safe_pickle._Machine, "run", exhausted)
+    monkeypatch.setattr(PickleMachine, "run", exhausted)
     with pytest.raises(DataError, match="more memory"):
         safe_pickle.load(write(b"]."))
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
+from ris_cache.datasets import segmentation
 from ris_cache.datasets.records import Rle
 from ris_cache.datasets.segmentation import from_json, parse_segmentation, rasterise, to_json, union_mask
 from ris_cache.errors import DataError
@@ -137,6 +138,7 @@ def test_a_list_of_rles_is_their_union() -> None:
         ({"size": [10, 10], "counts": "2é"}, "COCO's code lacks"),
         ({"size": [10, 10], "counts": b"2\xff"}, "COCO's code lacks"),
         ({"size": [10, 10], "counts": "O"}, "negative length"),
+        ({"size": [10, 10], "counts": "\ud800"}, "COCO's code lacks"),
         ({"size": [10, 10], "counts": "o" * 12 + "0"}, "longer than any image"),
     ],
 )
@@ -144,6 +146,28 @@ def test_malformed_values_are_data_errors(value: object, text: str) -> None:
     with pytest.raises(DataError, match=text) as caught:
         parse_segmentation(value, (10, 10))
     assert "found" in caught.value.facts
+
+
+def coded(number: int) -> str:
+    """One number in COCO's code."""
+    text = ""
+    while True:
+        group, number = number & 31, number >> 5
+        is_last = number == (-1 if group & 16 else 0)
+        text += chr(48 + group + 32 * (not is_last))
+        if is_last:
+            return text
+
+
+def test_runs_whose_sum_overflows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 runs of 2⁵⁹ pixels add up to 2⁶⁴, which int64 takes for 0, so one of 100 more would seem to fit.
+
+    With runs below 2⁴⁰ it takes 2²⁵ of them, which is too many for a test.
+    """
+    monkeypatch.setattr(segmentation, "_MAX_GROUPS", 13)
+    counts = coded(2**59) * 3 + coded(0) * 29 + coded(100 - 2**59)
+    with pytest.raises(DataError, match="do not add up to the 100 pixels"):
+        parse_segmentation({"size": [10, 10], "counts": counts}, (10, 10))
 
 
 def test_a_wrong_rle_never_reaches_the_decoder() -> None:

@@ -22,10 +22,12 @@ from ris_cache.datasets.shapes import (
     ShapesSummary,
     Shares,
     compose_image,
+    custom,
     num_pictures,
     write_layouts,
     write_shapes_dataset,
 )
+from ris_cache.datasets.shapes.mixture import mixed_refs
 from ris_cache.errors import ConfigError, DataError
 from ris_train.config import load_config
 from ris_train.data.text import Tokenizer
@@ -449,3 +451,17 @@ def test_wrong_arguments_are_named_and_write_nothing(
             tmp_path, **{"layouts": ["grefcoco"], "num_images": {"train": 1}, "seed": 0, **arguments}
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_custom_image_of_which_nothing_is_said_is_neither_written_nor_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = iter([True, False, True])
+
+    def say(*arguments: Any) -> Any:
+        return mixed_refs(*arguments) if next(turns) else ()
+
+    monkeypatch.setattr(custom, "mixed_refs", say)
+    (summary,) = write_layouts(tmp_path, ["custom"], num_images={"train": 3}, seed=1)
+    assert summary.splits["train"].images == len(load_dataset(tmp_path, "custom", "drawn").images) == 2
+    assert len(list((tmp_path / "custom/drawn").glob("*.jpg"))) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,16 @@ def test_texts_in_several_batches_keep_their_places(encoders, monkeypatch):
     monkeypatch.setattr(annotations, "_TEXT_BATCH", 7)
 
     np.testing.assert_array_equal(nearest_categories(texts, embeddings, encoders), at_once)
+
+
+def test_one_long_text_does_not_cost_its_length_for_each(encoders):
+    texts = [f"red {number}" for number in range(300)] + ["star " * 20_000]
+    embeddings = encoders.category_embeddings(NAMES)
+    tracemalloc.start()
+    nearest_categories(texts, embeddings, encoders)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 30e6  # 300 texts of 400 kB would be 120 MB
 
 
 def test_a_request_to_stop_ends_the_embedding(encoders, monkeypatch):
