@@ -11,6 +11,7 @@ import typer
 from cli import (
     cache,
     compare,
+    config,
     data,
     demo,
     doctor,
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
 app.add_typer(runs.app, name="runs")
+app.add_typer(config.app, name="config")
 app.command("extract")(guard.guarded(extract.extract))
 app.command("train")(guard.guarded(train.train))
 app.command("eval")(guard.guarded(evaluate.evaluate))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.options import DEFAULT_DATA, DataOption, JsonOption
-from cli.render import percent, print_json, print_table
+from cli.render import percent, print_json, print_table, printable
 from ris_cache.datasets.published import PUBLISHED
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def check(
     else:
         _show(report)
     for failure in report.failures:
-        typer.echo(f"error: {failure.table_name}: {failure.error}", err=True)
+        typer.echo(printable(f"error: {failure.table_name}: {failure.error}"), err=True)
     if report.exit_code:
         raise typer.Exit(report.exit_code)
 
@@ -241,4 +241,4 @@ def _show_lines(title: str, lines: Sequence[str]) -> None:
 def _print_lines(lines: Sequence[str]) -> None:
     """Print text that comes from files; what could steer a terminal is escaped."""
     for line in lines:
-        print("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+        print(printable(line))

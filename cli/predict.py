@@ -19,6 +19,7 @@ from cli.options import (
     choose_device,
 )
 from cli.render import print_json, print_table
+from ris_cache.datasets.fields import is_storable, shown
 from ris_cache.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ def predict(
     """
     if any(not one.strip() for one in text):
         raise ConfigError("The expression is empty; say what to look for with --text.")
+    for one in text:
+        if not is_storable(one):  # bytes that are not UTF-8 arrive as lone surrogates
+            raise ConfigError(f"The expression is no valid text: {shown(one)}. Write --text in UTF-8.")
 
     from ris_train.live import Segmenter
     from ris_train.predict import predict as run_prediction
@@ -59,23 +63,23 @@ def predict(
 
     model = RISModel.from_run(find_run(runs, run), device=choose_device(device))
     segmenter = Segmenter.load(model, sam_weights=sam_weights, clip_weights=clip_weights)
-    predictions = run_prediction(image, text, segmenter, category=category)
     stems = [image.stem] if len(text) == 1 else [f"{image.stem}.{number + 1}" for number in range(len(text))]
     found = [
         _Written(one, prediction, *save_prediction(prediction, out, stem))
-        for one, prediction, stem in zip(text, predictions, stems, strict=True)
+        for one, stem, prediction in zip(
+            text, stems, run_prediction(image, text, segmenter, category=category), strict=True
+        )
     ]
     weights = model.metadata.weight_labels
     if json:
-        of_one = found[0].document() | {"weights": weights}
-        of_several = {
-            "predictions": [{"text": one.text, **one.document()} for one in found],
-            "weights": weights,
-        }
-        print_json(of_one if len(found) == 1 else of_several)
+        if len(found) == 1:
+            print_json({**found[0].document(), "weights": weights})
+        else:
+            predictions = [{"text": one.text, **one.document()} for one in found]
+            print_json({"predictions": predictions, "weights": weights})
         return
-    for one in found:
-        _print(image, one, weights if one is found[-1] else {})
+    for written in found:
+        _print(image, written, weights if written is found[-1] else {})
 
 
 @dataclass(frozen=True, slots=True)

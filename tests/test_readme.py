@@ -87,7 +87,7 @@ def test_a_line_that_is_wrong_does_not_parse(line: str) -> None:
 
 def test_what_is_parsed_is_what_was_written() -> None:
     context = parse('ris predict --image a.jpg --text "the lady"  # a comment')
-    assert context.params["text"] == "the lady"
+    assert context.params["text"] == ["the lady"]
     assert context.params["image"] == Path("a.jpg")
 
 

@@ -38,9 +38,14 @@ _DECODING_ERRORS = (
     IndexError,
     KeyError,
     OverflowError,
+    RuntimeError,
+    AttributeError,
+    ArithmeticError,
     struct.error,
     zlib.error,
 )
+_RUNS_A_PROGRAM = frozenset({"EPS"})
+"""Formats that Pillow hands to another program, which must not see a stranger's file."""
 
 
 def decode_image(path: Path, *, expected_size: tuple[int, int] | None) -> NDArray[np.uint8]:
@@ -57,12 +62,14 @@ def decode_image(path: Path, *, expected_size: tuple[int, int] | None) -> NDArra
         uint8[H, W, 3], the original frame.
 
     Raises:
-        DataError: the file is missing, cut short, no image, larger than Pillow's limit against decompression
-            bombs, or of another size than expected.
+        DataError: the file is missing, cut short, no image, of a format that needs another program, larger
+            than Pillow's limit against decompression bombs, or of another size than expected.
     """
     try:
         with Image.open(path) as image:
             _refuse_bomb(path, image.size)
+            if image.format in _RUNS_A_PROGRAM:
+                raise DataError(f"{path} is in the format {image.format}. Save it as JPEG or PNG.", path=path)
             image.load()
             pixels = np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
     except FileNotFoundError as error:

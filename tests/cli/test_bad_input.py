@@ -156,7 +156,7 @@ def test_split_that_was_not_extracted(refused, tiny_cache, tiny_runs):
         ("train.steps=-3", "greater than 0"),
         ("train.steps", "section.key=value"),
         ("train=3", "train"),
-        ("data.train=refcoco", "one split"),
+        ("data.train=refcoco", "not the whole of refcoco/unc"),
         ("model.num_heads=5", "model.num_heads=5 does not divide"),
         ("model.norm_groups=7", "model.norm_groups=7 does not divide"),
         ("model.bert.num_heads=3", "model.bert.num_heads=3 does not divide"),

@@ -17,7 +17,9 @@ from ris_train import validation
 from ris_train.checkpoint import load_checkpoint, read_metadata
 from ris_train.config import RunConfig, load_config
 from ris_train.data.text import Tokenizer
-from ris_train.predict import Predictor, predict
+from ris_train.live import Segmenter
+from ris_train.predict import predict
+from ris_train.pretrained import RISModel
 from ris_train.run import RunDirectory
 from ris_train.scoring import Scores
 from ris_train.trainer import train
@@ -193,14 +195,14 @@ def test_a_prediction_that_refers_to_nothing_has_an_empty_mask(
     run: RunDirectory, data_root: Path, says_no_target: bool
 ) -> None:
     """The head is made to say the one or the other, and the mask to be full."""
-    predictor = Predictor.load(run, sam_weights=None, clip_weights=None, device=CPU)
-    head = predictor.model.no_target
+    segmenter = Segmenter.load(RISModel.from_run(run))
+    head = segmenter.model.network.no_target
     assert head is not None
     with torch.no_grad():
         head.layers[2].weight.zero_()
         head.layers[2].bias.copy_(torch.tensor([0.0, 1.0] if says_no_target else [1.0, 0.0]))
     image_path = sorted((data_root / "images" / "train2014").iterdir())[0]
-    prediction = predict(image_path, "the red circle", predictor)
+    (prediction,) = predict(image_path, ["the red circle"], segmenter)
     assert prediction.says_no_target is says_no_target
     if says_no_target:
         assert not prediction.mask.any()

@@ -235,3 +235,10 @@ def test_normalised_planes_are_contiguous_float32() -> None:
 def test_normalise_refuses_other_axes_and_dtypes(pixels: torch.Tensor) -> None:
     with pytest.raises(ShapeError, match=r"uint8\[B, S, S, 3\]"):
         normalise(pixels, PAPER.sam.normalisation)
+
+
+def test_a_format_that_needs_another_program_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "drawn.jpg"
+    Image.new("RGB", (8, 6)).save(path, format="EPS")
+    with pytest.raises(DataError, match=r"drawn\.jpg is in the format EPS\. Save it as"):
+        decode_image(path, expected_size=None)

@@ -1,0 +1,224 @@
+"""`ris runs`: what was trained, how far it came, and what is kept of it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.guard import guarded
+from cli.options import DEFAULT_RUNS, JsonOption, RunsOption
+from cli.render import percent, print_json, print_table, size
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ris_train.run_details import CheckpointFile, EvaluationFile
+    from ris_train.run_listing import BestScore, RunSummary
+
+app = typer.Typer(help="Training runs.", no_args_is_help=True, rich_markup_mode=None)
+
+_METRICS_TAIL = 5
+
+
+def list_(runs: RunsOption = DEFAULT_RUNS, json: JsonOption = False) -> None:
+    """List the runs of a directory, the latest first, with how far each came and its best score.
+
+    Example: ris runs list --runs ./runs
+    """
+    from ris_train.run_listing import list_runs
+
+    found = list_runs(runs)
+    if json:
+        print_json([run.as_dict() for run in found])
+        return
+    print_table(
+        f"{len(found)} runs in {runs}",
+        ["run", "recipe", "state", "best", "started", "fingerprint"],
+        [
+            [
+                run.name,
+                run.recipe or "-",
+                _state(run),
+                _best(run.best),
+                _minute(run.started),
+                (run.fingerprint or "-")[:12],
+            ]
+            for run in found
+        ],
+        left=("recipe", "state", "best"),
+    )
+    _print_problems([(run.name, problem) for run in found for problem in run.problems])
+
+
+def show(
+    name: Annotated[str, typer.Argument(help="Run by name or path.")],
+    runs: RunsOption = DEFAULT_RUNS,
+    tail: Annotated[int, typer.Option("--tail", min=0, help="Last lines of the metrics.")] = _METRICS_TAIL,
+    json: JsonOption = False,
+) -> None:
+    """Show one run: where it leaves its recipe, its last metrics, its checkpoints and evaluations.
+
+    Example: ris runs show tiny-20260101-120000
+    """
+    from ris_train.run_details import checkpoint_files, config_differences, evaluation_files
+    from ris_train.run_listing import find_any_run, read_files, summarise
+
+    run = find_any_run(runs, name)
+    summary, files = summarise(run), read_files(run)
+    differences = config_differences(files.config) if files.config is not None else None
+    checkpoints, evaluations = checkpoint_files(run), evaluation_files(run)
+    last = files.metrics[-tail:] if tail else ()
+    if json:
+        print_json(
+            {
+                **summary.as_dict(),
+                "config_differences": _differences_document(differences),
+                "facts": files.facts,
+                "metrics": list(last),
+                "checkpoints": [checkpoint.as_dict() for checkpoint in checkpoints],
+                "evaluations": [evaluation.as_dict() for evaluation in evaluations],
+            }
+        )
+        return
+    _print_summary(summary, files.facts)
+    if differences is not None:
+        print_table(
+            f"Where it leaves recipe {summary.recipe}"
+            if differences
+            else f"Recipe {summary.recipe} as it is",
+            ["key", "recipe", "run"],
+            [[key, str(expected), str(found)] for key, expected, found in differences],
+            left=("recipe", "run"),
+        )
+    _print_metrics(last)
+    _print_checkpoints(checkpoints)
+    _print_evaluations(evaluations)
+    _print_problems([(run.path.name, problem) for problem in summary.problems])
+
+
+app.command("list")(guarded(list_))
+app.command("show")(guarded(show))
+
+
+def _print_summary(summary: RunSummary, facts: Mapping[str, Any]) -> None:
+    weights = facts.get("weights")
+    print_table(
+        f"Run {summary.path}",
+        ["what", "value"],
+        [
+            ["recipe", summary.recipe or "-"],
+            ["state", _state(summary)],
+            ["best", _best(summary.best)],
+            ["started", summary.started or "-"],
+            ["device", str(facts.get("device", "-"))],
+            ["cache", str(facts.get("cache", "-"))],
+            ["fingerprint", summary.fingerprint or "-"],
+            *(
+                [[f"{role} weights", str(label)] for role, label in weights.items()]
+                if isinstance(weights, dict)
+                else []
+            ),
+        ],
+        left=("value",),
+    )
+
+
+def _print_metrics(lines: Sequence[Mapping[str, Any]]) -> None:
+    """Print each line as it was logged: evaluations and losses have different columns."""
+    if lines:
+        print_table(
+            "Last metrics",
+            ["step", "values"],
+            [
+                [
+                    str(line["step"]),
+                    " ".join(f"{key}={_value(value)}" for key, value in line.items() if key != "step"),
+                ]
+                for line in lines
+            ],
+            left=("values",),
+        )
+
+
+def _print_checkpoints(checkpoints: Sequence[CheckpointFile]) -> None:
+    print_table(
+        "Checkpoints" if checkpoints else "No checkpoint yet",
+        ["checkpoint", "step", "size", "written", "problem"],
+        [
+            [
+                checkpoint.name,
+                "-" if checkpoint.step is None else str(checkpoint.step),
+                size(checkpoint.num_bytes),
+                _minute(checkpoint.written),
+                checkpoint.problem,
+            ]
+            for checkpoint in checkpoints
+        ],
+        left=("problem",),
+    )
+
+
+def _print_evaluations(evaluations: Sequence[EvaluationFile]) -> None:
+    rows = [
+        [
+            evaluation.name,
+            f"{evaluation.checkpoint or '-'} ({'-' if evaluation.step is None else evaluation.step})",
+            score.split,
+            score.rules,
+            score.grid,
+            str(score.num_samples),
+            score.refused or f"{score.metric or '-'} {_percent(score.value)}",
+        ]
+        for evaluation in evaluations
+        for score in evaluation.scores
+    ]
+    if rows:
+        print_table(
+            "Evaluations",
+            ["evaluation", "checkpoint (step)", "split", "rules", "grid", "samples", "score"],
+            rows,
+            left=("checkpoint (step)", "split", "rules", "grid"),
+        )
+    elif not evaluations:
+        print_table("Not evaluated yet: `ris eval --run …`", ["evaluation"], [])
+    _print_problems([(one.name, one.problem) for one in evaluations if one.problem])
+
+
+def _print_problems(problems: Sequence[tuple[str, str]]) -> None:
+    if problems:
+        print_table("Damaged", ["name", "problem"], [list(row) for row in problems], left=("problem",))
+
+
+def _differences_document(differences: Sequence[tuple[str, Any, Any]] | None) -> dict[str, Any] | None:
+    if differences is None:
+        return None
+    return {key: {"recipe": expected, "run": found} for key, expected, found in differences}
+
+
+def _state(run: RunSummary) -> str:
+    if run.state == "damaged":
+        return "damaged"
+    if run.state == "finished":
+        return f"finished, {run.step} steps"
+    return f"{run.state} at step {run.step} of {'?' if run.steps is None else run.steps}"
+
+
+def _best(best: BestScore | None) -> str:
+    if best is None:
+        return "-"
+    return f"{best.metric} {_percent(best.value)} on {best.split}, rules {best.rules}, step {best.step}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else percent(value)
+
+
+def _minute(time: str | None) -> str:
+    """An ISO 8601 time up to its minute."""
+    return "-" if time is None else time[:16].replace("T", " ")
+
+
+def _value(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)

@@ -1,0 +1,216 @@
+"""What a shared model says of itself: config.json, which is read again, and README.md, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from ris_cache.store.files import is_safe_relative
+from ris_train.arithmetic import feature_arithmetic
+from ris_train.checkpoint import CheckpointMetadata
+
+WEIGHTS_NAME = "model.safetensors"
+RECORD_NAME = "config.json"
+CARD_NAME = "README.md"
+TOKENIZER_NAME = "tokenizer"
+UNKNOWN_LICENCE = "unknown"
+NOT_RECORDED = "Not recorded.\n"
+
+
+class _Record(BaseModel):
+    # A score over nothing is NaN, for which JSON has no number.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class TrainedOn(_Record):
+    """What one split gave to the training set: expressions and the images that they are of."""
+
+    selection: str
+    expressions: int
+    images: int
+
+
+class ReportedScore(_Record):
+    """Scores of the model on one split by one rule set.
+
+    Attributes:
+        grid, threshold: of the rule set's view.
+        num_samples: expressions that were scored.
+        category_source: which category the model was given.
+        expressions: `own`, or how they were shuffled.
+        values: by metric, fractions, None where undefined.
+        measured: by `ris eval`, or while it trained, which chose this checkpoint by it.
+    """
+
+    split: str
+    rules: str
+    grid: str
+    threshold: float | str
+    num_samples: int
+    category_source: str
+    expressions: str
+    values: dict[str, float | None]
+    measured: Literal["ris eval", "training"]
+
+
+class ModelRecord(_Record):
+    """Content of config.json.
+
+    Attributes:
+        name: of the run.
+        ris_version: of the ris that wrote it.
+        checkpoint: what the checkpoint says of itself: configuration, encoders, fingerprint, weights,
+            categories.
+        trained_on: empty if the run did not record it.
+        scores: empty if it was not evaluated.
+        files: SHA-256 of each file that a model is loaded from, by posix path relative to the folder.
+    """
+
+    format: Literal["ris-model"] = "ris-model"
+    format_version: Literal[1] = 1
+    name: str
+    ris_version: str
+    checkpoint: CheckpointMetadata
+    trained_on: tuple[TrainedOn, ...]
+    scores: tuple[ReportedScore, ...]
+    files: dict[str, str]
+
+    @field_validator("files")
+    @classmethod
+    def _files_stay_in_the_folder(cls, value: dict[str, str]) -> dict[str, str]:
+        outside = [name for name in value if not is_safe_relative(name)]
+        if outside:
+            raise ValueError(f"{outside[0]!r} is not a plain relative path")
+        if value and WEIGHTS_NAME not in value:
+            raise ValueError(f"{WEIGHTS_NAME} is not among them")
+        return value
+
+
+def render_card(record: ModelRecord, *, licence: str) -> str:
+    """Write the model card in Markdown, with the hub's front matter.
+
+    Args:
+        record: of the model.
+        licence: identifier as the hub lists them; `unknown` is a placeholder, and the card says so.
+    """
+    checkpoint = record.checkpoint
+    config = checkpoint.config
+    reads_category = config.model.sparse_prompt == "category"
+    arithmetic = feature_arithmetic(checkpoint) or "not known"
+    parts = [
+        _front_matter(licence),
+        f"# {record.name}\n",
+        "Referring image segmentation: a mask for what an expression refers to, from frozen SAM and CLIP "
+        f"features. Recipe `{config.recipe}`, step {checkpoint.step}, written by ris {record.ris_version}.\n",
+        "## Use\n",
+        _usage(record, reads_category=reads_category),
+        "## What it rests on\n",
+        _table(
+            ["", "value"],
+            [
+                ["encoders", f"preset `{checkpoint.encoder_spec.preset}`"],
+                *[[f"{role} weights", f"`{label}`"] for role, label in checkpoint.weight_labels.items()],
+                ["cache fingerprint", f"`{checkpoint.fingerprint}`"],
+                ["arithmetic of the features", arithmetic],
+                ["category read", "of the target, as CLIP text" if reads_category else "none"],
+                ["no-target head", "yes" if config.model.no_target_head else "no"],
+                ["expressions read", f"`{config.data.text}`"],
+            ],
+        ),
+        "The weights of SAM and CLIP are not in this repository; features of other weights are refused.\n",
+        "## Training data\n",
+        _trained_on(record.trained_on),
+        "## Scores\n",
+        _scores(record.scores),
+        "## Licence\n",
+        _licence(licence),
+    ]
+    return "\n".join(parts)
+
+
+def _front_matter(licence: str) -> str:
+    lines = ["library_name: ris", "pipeline_tag: image-segmentation", f"license: {licence}"]
+    lines += ["tags:", "- referring-image-segmentation", "- segment-anything", "- clip"]
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _usage(record: ModelRecord, *, reads_category: bool) -> str:
+    hint = "  # CLIP predicts the category, unless you name it: category=…" if reads_category else ""
+    return "\n".join(
+        [
+            "```python",
+            "from ris_train.live import Segmenter",
+            "from ris_train.pretrained import RISModel",
+            "",
+            'model = RISModel.from_pretrained("path or owner/name")',
+            "segmenter = Segmenter.load(model)",
+            f'(found,) = segmenter("street.jpg", "the lady in the blue shirt"){hint}',
+            "found.mask  # bool[H, W] in the image's own frame",
+            "```",
+            "",
+        ]
+    )
+
+
+def _trained_on(parts: Sequence[TrainedOn]) -> str:
+    if not parts:
+        return NOT_RECORDED
+    rows = [[f"`{part.selection}`", f"{part.expressions:,}", f"{part.images:,}"] for part in parts]
+    return _table(["split", "expressions", "images"], rows)
+
+
+def _scores(scores: Sequence[ReportedScore]) -> str:
+    """One table per set of metrics, in percent, each row with all that its numbers mean."""
+    if not scores:
+        return "Not evaluated.\n"
+    tables = []
+    for metrics in dict.fromkeys(tuple(score.values) for score in scores):
+        rows = [
+            [
+                f"`{score.split}`",
+                score.rules,
+                score.grid,
+                str(score.threshold),
+                f"{score.num_samples:,}",
+                score.category_source,
+                score.expressions,
+                score.measured,
+                *[_percent(score.values[metric]) for metric in metrics],
+            ]
+            for score in scores
+            if tuple(score.values) == metrics
+        ]
+        terms = ["split", "rules", "grid", "threshold", "samples", "category", "expressions", "measured by"]
+        tables.append(_table([*terms, *metrics], rows))
+    return "\n".join(
+        [
+            *tables,
+            "In percent. The rules are those of `docs/metrics.md` in ris; the category is the one that the "
+            "model was given: annotated, predicted by CLIP, or none. What was measured in training chose "
+            "this checkpoint, so it is no test.\n",
+        ]
+    )
+
+
+def _licence(licence: str) -> str:
+    own = (
+        "**Not chosen yet.** Choose one before others use the model: set `license` above and this line."
+        if licence == UNKNOWN_LICENCE
+        else f"`{licence}`"
+    )
+    return f"{own} The weights and data that it was trained from have terms of their own.\n"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def _percent(fraction: float | None) -> str:
+    return "–" if fraction is None else f"{100 * fraction:.2f}"
