@@ -29,7 +29,8 @@ def print_results(results: Sequence[EvaluationResult], weights: Mapping[str, str
         if len(metrics) > _MOST_METRICS:
             of_precision = [name for name in metrics if name.startswith("Pr@")]
             parts = [[name for name in metrics if name not in of_precision], of_precision]
-        title = f"{result.split}, {result.expressions} expressions"
+        part = "" if result.is_whole else " (a part: the cache does not hold all of it)"
+        title = f"{result.split}{part}, {result.expressions} expressions"
         meaning = _meaning(result, weights)
         is_alone = len(result.rule_names) == 1
         if is_alone:

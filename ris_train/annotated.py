@@ -8,9 +8,10 @@ from pathlib import Path
 
 from ris_cache.datasets.load import load_dataset
 from ris_cache.datasets.records import ExpressionRecord, InstanceRecord
-from ris_cache.datasets.selection import Selection, select_split
-from ris_cache.errors import ConfigError
+from ris_cache.datasets.selection import Selection, matching_splits, select_split
+from ris_cache.errors import CacheMissError, ConfigError
 from ris_cache.store.cache import FeatureCache
+from ris_train.data.merge import EVALUATION_SPLITS
 from ris_train.data.samples import Sample, load_samples
 from ris_train.scoring.predictions import SampleId
 
@@ -23,6 +24,7 @@ class AnnotatedSplits:
         table_name: `dataset.split_by`.
         splits: samples by split, as `Selection.split` names it.
         quarantined: by split, expressions left out because the cache has no features of their image.
+        is_whole: by split, whether these are all its expressions; a cache may hold a part.
         known: every expression of the dataset, those of other splits and those left out too.
         instances: by ann_id.
         sizes: (H, W) by image_id.
@@ -31,6 +33,7 @@ class AnnotatedSplits:
     table_name: str
     splits: dict[str, tuple[Sample, ...]]
     quarantined: dict[str, int]
+    is_whole: dict[str, bool]
     known: frozenset[SampleId]
     instances: Mapping[int, InstanceRecord]
     sizes: Mapping[int, tuple[int, int]]
@@ -49,15 +52,21 @@ class AnnotatedSplits:
             CacheMissError: the dataset or split was not extracted into this cache.
         """
         name = _one_table(selections)
-        present = cache.manifest.datasets[name].splits if name in cache.manifest.datasets else ()
-        sets = {
-            selection.split or "": load_samples(cache, selection, text=text)
-            for selection in _spelt_out(selections, tuple(present))
-        }
+        if name not in cache.manifest.datasets:
+            raise CacheMissError(
+                f"{cache.root} holds no expressions of {name}; it holds "
+                f"{', '.join(cache.manifest.datasets) or 'none'}. Take the ground truth from the dataset's "
+                f"own files with --data, or add it: `ris extract --split {name.replace('.', '/', 1)} --cache "
+                f"{cache.root}`.",
+                table_name=name,
+            )
+        spelt = _spelt_out(selections, tuple(cache.manifest.datasets[name].splits))
+        sets = {selection.split or "": load_samples(cache, selection, text=text) for selection in spelt}
         return cls(
             table_name=name,
             splits={split: found.samples for split, found in sets.items()},
             quarantined={split: found.quarantined for split, found in sets.items()},
+            is_whole={selection.split or "": holds_whole(cache, selection) for selection in spelt},
             known=_sample_ids(cache.expressions(name)),
             instances=cache.instances(name),
             sizes=cache.sizes,
@@ -86,10 +95,29 @@ class AnnotatedSplits:
             table_name=name,
             splits=splits,
             quarantined=dict.fromkeys(splits, 0),
+            is_whole=dict.fromkeys(splits, True),
             known=_sample_ids(dataset.expressions),
             instances=dataset.instances,
             sizes={image_id: (image.height, image.width) for image_id, image in dataset.images.items()},
         )
+
+
+def holds_whole(cache: FeatureCache, selection: Selection) -> bool:
+    """Whether a cache holds a split in full.
+
+    One extracted with `--limit` is a part, and so is RefCOCO's `test` where the cache lacks `testB`.
+
+    Args:
+        selection: names a split of a dataset that the cache has.
+    """
+    splits = cache.manifest.datasets[selection.table_name].splits
+    published = EVALUATION_SPLITS.get(selection.table_name, ())
+    labels = {
+        label
+        for present in (published, splits)
+        for label in matching_splits(selection.split or "", present, selection.dataset)
+    }
+    return all(label in splits and splits[label].is_complete for label in labels)
 
 
 def _one_table(selections: Sequence[Selection]) -> str:

@@ -13,6 +13,7 @@ import torch
 from ris_cache.datasets.selection import Selection, parse_selections
 from ris_cache.errors import CacheMissError, ConfigError
 from ris_cache.store.cache import FeatureCache
+from ris_train.annotated import holds_whole
 from ris_train.checkpoint import CheckpointMetadata, load_checkpoint, read_metadata, require_same_cache
 from ris_train.config import RunConfig
 from ris_train.data.batch import BatchBuilder, CategorySource, default_category_source
@@ -33,11 +34,12 @@ from ris_train.truth import GroundTruth
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Split:
-    """One selection: its samples, and how many the cache could not give."""
+    """One selection: its samples, how many the cache could not give, and whether it holds the whole split."""
 
     selection: Selection
     samples: tuple[Sample, ...]
     quarantined: int
+    is_whole: bool
 
 
 def evaluate_run(
@@ -122,6 +124,7 @@ def evaluate_run(
                 expressions=expressions,
                 quarantined=split.quarantined,
                 degenerate=sum(sample.is_degenerate for sample in split.samples),
+                is_whole=split.is_whole,
             )
         )
     meaning: dict[str, Any] = {
@@ -149,7 +152,12 @@ def _load(cache: FeatureCache, selection: Selection, config: RunConfig, shuffle_
     samples = found.samples
     if shuffle_seed is not None:
         samples = shuffle_expressions(samples, seed=shuffle_seed)
-    return _Split(selection=selection, samples=samples, quarantined=found.quarantined)
+    return _Split(
+        selection=selection,
+        samples=samples,
+        quarantined=found.quarantined,
+        is_whole=holds_whole(cache, selection),
+    )
 
 
 def _table_names(splits: Sequence[_Split]) -> list[str]:
@@ -165,7 +173,7 @@ def _rules(asked: str | None, table_name: str, splits: Sequence[_Split]) -> tupl
         for sample in split.samples
     )
     default = default_rules(table_name.partition(".")[0], has_no_target=has_no_target)
-    return rules_named(asked or default), default
+    return rules_named(default if asked is None else asked), default
 
 
 def _count_tables(

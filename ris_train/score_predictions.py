@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 from tqdm import tqdm
 
+from ris_cache.datasets.fields import shown
 from ris_cache.datasets.segmentation import resize_nearest
 from ris_cache.errors import DataError
 from ris_cache.store.files import write_atomically
@@ -102,13 +103,14 @@ def score_predictions(
     samples = list(dict.fromkeys(sample for split in annotated.splits.values() for sample in split))
     dataset = annotated.table_name.partition(".")[0]
     default = default_rules(dataset, has_no_target=any(not sample.ann_ids for sample in samples))
-    chosen = rules_named(rules or default)
+    chosen = rules_named(default if rules is None else rules)
     counter = _Counter(file, annotated, views_of(chosen))
+    num_other = len((file.sample_ids & annotated.known) - {_sample_id(sample) for sample in samples})
     missing = [sample for sample in samples if _sample_id(sample) not in file.sample_ids]
     problems = _mismatches(file, annotated, [] if allow_missing else missing)
     for sample in tqdm(samples, unit="expr", desc="score", leave=False, disable=not show_progress):
         counter.add(sample)
-    _refuse(file.path, problems | counter.problems, len(samples))
+    _refuse(file.path, problems | counter.problems, len(samples), num_other)
     counts = counter.counts()
     notes = counter.notes()
     if missing:
@@ -129,17 +131,17 @@ def score_predictions(
                 expressions=metadata["expressions"],
                 quarantined=annotated.quarantined[split],
                 degenerate=sum(sample.is_degenerate for sample in of_split),
+                is_whole=annotated.is_whole[split],
                 thresholds=counter.thresholds(),
                 notes=notes,
             )
         )
     table = SampleTable.of(samples, counts, {annotated.table_name: annotated.instances}, metadata=metadata)
-    asked = {_sample_id(sample) for sample in samples}
     return ScoredPredictions(
         results=results,
         samples=table,
         num_missing=len(missing),
-        num_other=len((file.sample_ids & annotated.known) - asked),
+        num_other=num_other,
     )
 
 
@@ -165,10 +167,10 @@ class _Counter:
             try:
                 prediction = self._file.read(_sample_id(sample), {ORIGINAL: size} | grids)
             except WrongSizeError as error:
-                facts = f"found {error.facts['found']}, expected {error.facts['expected']}"
+                facts = f"found {shown(error.facts['found'])}, expected {error.facts['expected']}"
                 self.problems["wrong size"].append(f"{_sample_id(sample)}: {facts}")
             if prediction.image_id not in (None, sample.image_id):
-                facts = f"found {prediction.image_id}, expected {sample.image_id}"
+                facts = f"found {shown(prediction.image_id)}, expected {sample.image_id}"
                 self.problems["wrong image_id"].append(f"{_sample_id(sample)}: {facts}")
             self._num_read += 1
             self._num_decided += prediction.no_target is not None
@@ -246,7 +248,7 @@ def _mismatches(
     }
 
 
-def _refuse(path: Path, problems: Mapping[str, list[str]], num_samples: int) -> None:
+def _refuse(path: Path, problems: Mapping[str, list[str]], num_samples: int, num_other: int) -> None:
     found = {kind: examples for kind, examples in problems.items() if examples}
     if not found:
         return
@@ -255,6 +257,10 @@ def _refuse(path: Path, problems: Mapping[str, list[str]], num_samples: int) -> 
         more = "; …" if len(examples) > _NUM_EXAMPLES else ""
         lines.append(f"{len(examples)} {kind} ({'; '.join(examples[:_NUM_EXAMPLES])}{more})")
     hint = " --allow-missing scores missing ones as empty masks." if "missing" in found else ""
+    if "missing" in found and num_other:
+        hint = f" {num_other} predictions are of the dataset's other expressions.{hint}"
+    if "unknown" in found:
+        hint += " A cache knows only what was extracted into it, --data every split."
     raise DataError(
         f"{path} does not match the {num_samples} samples, as (ref_id, sent_id): {', '.join(lines)}. Correct "
         f"the predictions, or name the split that they are of.{hint}",
@@ -277,9 +283,7 @@ def _metadata(
     return labels | {
         "method": name,
         "expressions": info["expressions"] if isinstance(info.get("expressions"), str) else "own",
-        "weights": {str(key): str(value) for key, value in weights.items()}
-        if isinstance(weights, dict)
-        else {},
+        "weights": {key: value if isinstance(value, str) else shown(value) for key, value in weights.items()},
         "source": "predictions",
         "predictions": str(file.path),
         "notes": dict(notes),

@@ -18,15 +18,20 @@ from typing import IO, Any, Final, Protocol, TypeVar
 import numpy as np
 from PIL import Image
 
+from ris_cache.datasets.fields import is_storable, json_problem
 from ris_cache.datasets.segmentation import parse_segmentation, rasterise
 from ris_cache.errors import ConfigError, DataError
 from ris_train.scoring.predictions import MASK_NAMES, ORIGINAL, Mask, Prediction, SampleId, wrong_size
 
 MAX_JSON_BYTES: Final = 2 << 30
-_NPY_OVERHEAD: Final = 1 << 14
-"""More than a header of the .npy format takes."""
+_MAX_NPY_HEADER: Final = 1 << 14
+"""More bytes than the header of a mask takes."""
+_NPY_HEADER: Final = re.compile(
+    r"\{\s*'descr':\s*'[<>=|]?(?P<kind>[A-Za-z])\d*',\s*'fortran_order':\s*(?:True|False),"
+    r"\s*'shape':\s*\((?P<shape>[0-9, ]{0,60})\),?\s*\}\s*"
+)
 _MAX_ITEM_BYTES: Final = 8
-_NAME: Final = re.compile(r"(-?\d+)_(-?\d+)")
+_NAME: Final = re.compile(r"(-?[0-9]{1,19})_(-?[0-9]{1,19})")
 _PNG_MODES: Final = ("1", "L", "P", "I", "I;16", "RGB")
 
 
@@ -73,8 +78,15 @@ def open_predictions(path: Path) -> PredictionFile:
 
     Raises:
         ConfigError: another suffix.
-        DataError: nothing there, too large, or not what its name says.
+        DataError: nothing there, unreadable, too large, or not what its name says.
     """
+    try:
+        return _open(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.", path=path) from error
+
+
+def _open(path: Path) -> PredictionFile:
     if path.is_dir():
         return PngPredictions(path)
     if not path.is_file():
@@ -142,8 +154,9 @@ class JsonPredictions:
         if "segmentation" not in entry:
             raise self._malformed(f"{where} has no segmentation")
         others = entry.get("masks", {})
-        if not isinstance(others, dict) or not set(others) <= set(MASK_NAMES):
-            raise self._malformed(f"{where} has other masks than {', '.join(MASK_NAMES)}")
+        known = [name for name in MASK_NAMES if name != ORIGINAL]
+        if not isinstance(others, dict) or not set(others) <= set(known):
+            raise self._malformed(f"{where} has other masks than {', '.join(known)}")
         no_target, image_id = entry.get("no_target"), entry.get("image_id")
         if no_target is not None and not isinstance(no_target, bool):
             raise self._malformed(f"{where} has a no_target that is neither true nor false")
@@ -163,14 +176,14 @@ class JsonPredictions:
         try:
             return rasterise(parse_segmentation(rle, size), frame_size=size, grid_size=size)
         except DataError as error:
-            raise self._malformed(f"{where}, mask {name}: {error}") from error
+            raise self._malformed(f"{where}, mask {name}: {str(error).rstrip('.')}") from error
 
     def _sample_id(self, index: int, entry: object) -> SampleId:
         if not isinstance(entry, dict):
             raise self._malformed(f"entry {index} is no object")
         values = entry.get("ref_id"), entry.get("sent_id")
-        if not all(type(value) is int for value in values):
-            raise self._malformed(f"entry {index} lacks ref_id or sent_id, whole numbers")
+        if not all(type(value) is int and is_storable(value) for value in values):
+            raise self._malformed(f"entry {index} lacks ref_id or sent_id, whole numbers of 64 bits")
         return values  # type: ignore[return-value]
 
     def _malformed(self, problem: str) -> DataError:
@@ -183,8 +196,12 @@ class PngPredictions:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.info: Mapping[str, Any] = {}
-        files = sorted(item.name for item in path.iterdir() if not item.name.startswith("."))
-        stems = {name: name[:-4] if name.lower().endswith(".png") else name + "?" for name in files}
+        files = sorted(item for item in path.iterdir() if not item.name.startswith("."))
+        # Only regular files: a pipe of such a name would be waited for without end.
+        stems = {
+            item.name: item.stem if item.suffix.lower() == ".png" and item.is_file() else item.name + "?"
+            for item in files
+        }
         self._names = _Names.of(stems)
         self.sample_ids = frozenset(self._names.by_sample)
         self.duplicates = self._names.duplicates
@@ -207,10 +224,12 @@ class PngPredictions:
                     )
                 # A palette's indices are taken, not its colours.
                 pixels = np.asarray(image)
+        except DataError:
+            raise
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, zlib.error) as error:
-            if isinstance(error, DataError):
-                raise
             raise DataError(f"{path} cannot be read as PNG: {error}.", path=path) from error
+        except MemoryError as error:
+            raise DataError(f"{path} cannot be read as PNG: a chunk claims gigabytes.", path=path) from error
         mask = pixels != 0
         return Prediction(masks={ORIGINAL: mask.any(axis=2) if mask.ndim == 3 else mask})
 
@@ -224,7 +243,7 @@ class NpzPredictions:
         try:
             with zipfile.ZipFile(path) as archive:
                 infos = archive.infolist()
-        except (OSError, zipfile.BadZipFile, ValueError) as error:
+        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
             raise DataError(f"{path} cannot be read as NPZ: {error}.", path=path) from error
         names = [info.filename for info in infos]
         self._sizes = {info.filename: info.file_size for info in infos}
@@ -244,7 +263,7 @@ class NpzPredictions:
         """See `PredictionFile.read`."""
         name = self._names.by_sample[sample_id]
         expected = grids[ORIGINAL]
-        limit = expected[0] * expected[1] * _MAX_ITEM_BYTES + _NPY_OVERHEAD
+        limit = expected[0] * expected[1] * _MAX_ITEM_BYTES + _MAX_NPY_HEADER
         shape = self._shape(name)
         if shape != expected:
             raise wrong_size(name, shape, expected)
@@ -259,24 +278,32 @@ class NpzPredictions:
         return Prediction(masks={ORIGINAL: self._mask(name)}, no_target=no_target)
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        """Shape that the header states, before memory is taken for it."""
+        """Shape that the header states, before memory is taken for it.
 
-        def of(member: IO[bytes]) -> tuple[int, ...]:
+        numpy evaluates a header as Python source, and takes memory for items as large as it states; so it is
+        given those alone that numpy itself writes for an array of numbers.
+        """
+
+        def header_of(member: IO[bytes]) -> bytes:
             version = np.lib.format.read_magic(member)
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            if version not in read:
+            if version not in ((1, 0), (2, 0)):
                 raise ValueError(f"version {version} of the format")
-            shape: tuple[int, ...] = read[version](member)[0]
-            return shape
+            num_bytes = int.from_bytes(member.read(2 if version == (1, 0) else 4), "little")
+            return member.read(min(num_bytes, _MAX_NPY_HEADER))
 
-        return self._read(name, of)
+        header = _NPY_HEADER.fullmatch(self._read(name, header_of).decode("latin1"))
+        if header is None:
+            raise self._malformed(name, "has another header than numpy gives an array of numbers")
+        if header["kind"] not in "biuf":
+            raise self._malformed(name, f"holds other values than 0 and 1 (type {header['kind']})")
+        return tuple(int(side) for side in header["shape"].replace(" ", "").split(",") if side)
 
     def _mask(self, name: str) -> Mask:
         array = self._read(name, lambda member: np.lib.format.read_array(member, allow_pickle=False))
         if array.dtype == np.bool_:
             mask: Mask = array
             return mask
-        if array.dtype.kind not in "iuf" or not np.isin(array, (0, 1)).all():
+        if not np.isin(array, (0, 1)).all():
             raise self._malformed(name, f"holds other values than 0 and 1 ({array.dtype})")
         return np.asarray(array == 1)
 
@@ -284,6 +311,9 @@ class NpzPredictions:
         try:
             if self._archive is None:
                 self._archive = zipfile.ZipFile(self.path)
+            method = self._archive.getinfo(name).compress_type
+            if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise NotImplementedError(f"compressed by method {method}, which numpy never does")
             with self._archive.open(name) as member:
                 return read(member)
         except (
@@ -315,8 +345,8 @@ def _load_json(path: Path) -> tuple[dict[str, Any], list[Any]]:
         )
     try:
         document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}.", path=path) from error
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise DataError(f"{path} is not JSON: {json_problem(error)}.", path=path) from error
     info: object = {}
     if isinstance(document, dict):
         info, document = document.get("info", {}), document.get("predictions")

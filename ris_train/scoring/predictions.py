@@ -25,6 +25,7 @@ import numpy.typing as npt
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from ris_cache.datasets.fields import shown
 from ris_cache.datasets.records import Rle
 from ris_cache.datasets.segmentation import rasterise
 from ris_cache.errors import ConfigError, DataError
@@ -66,6 +67,8 @@ class PredictionWriter:
                 f"Predictions are written as .json, .npz or a folder of PNGs, not {self.path.name!r}.",
                 path=self.path,
             )
+        if not self._is_folder and self.path.is_dir():
+            raise ConfigError(f"{self.path} is a folder. Name another file.", path=self.path)
         if self._is_folder and self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ConfigError(f"{self.path} is no empty folder. Name another place.", path=self.path)
         self._masks: dict[SampleId, dict[str, Rle]] = {}
@@ -141,7 +144,7 @@ class PredictionWriter:
             if others:
                 entry["masks"] = others
             lines.append(json.dumps(entry, separators=(",", ":")))
-        head = json.dumps(info, ensure_ascii=False, allow_nan=False)
+        head = json.dumps(info, allow_nan=False)
         return ('{"info": ' + head + ',\n"predictions": [\n' + ",\n".join(lines) + "\n]}\n").encode()
 
     def _write_npz(
@@ -183,7 +186,7 @@ class WrongSizeError(DataError):
 def wrong_size(name: str, found: object, expected: tuple[int, int]) -> WrongSizeError:
     """Say that a mask does not fit its grid."""
     return WrongSizeError(
-        f"The mask {name} is {found}, its grid {expected}. Masks are never resized unasked.",
+        f"The mask {name} is {shown(found)}, its grid {expected}. Masks are never resized unasked.",
         expected=expected,
         found=found,
     )

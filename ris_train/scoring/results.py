@@ -32,6 +32,7 @@ class EvaluationResult:
         expressions: `own`, or `shuffled` among the samples of each image.
         quarantined: expressions that could not be scored, since their image was unreadable at extraction.
         degenerate: expressions whose annotation encloses nothing; they are scored, with an empty truth.
+        is_whole: whether these are all expressions of the split; a cache may hold a part.
         notes: what else a number rests on, by name of the rule set.
     """
 
@@ -46,6 +47,7 @@ class EvaluationResult:
     expressions: str
     quarantined: int
     degenerate: int
+    is_whole: bool = True
     notes: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -70,6 +72,7 @@ class EvaluationResult:
             "num_no_target": self.num_no_target,
             "quarantined": self.quarantined,
             "degenerate": self.degenerate,
+            "is_whole": self.is_whole,
             **(self.headline.values if self.headline is not None else {}),
             "scores": {name: self._of_rules(name) for name in self.rule_names},
         }
@@ -104,6 +107,7 @@ def score_split(
     expressions: str,
     quarantined: int,
     degenerate: int,
+    is_whole: bool = True,
     thresholds: Mapping[str, float | None] | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> EvaluationResult:
@@ -140,6 +144,7 @@ def score_split(
         expressions=expressions,
         quarantined=quarantined,
         degenerate=degenerate,
+        is_whole=is_whole,
         notes={rule.name: (notes or {})[rule.view.name] for rule in rules if rule.view.name in (notes or {})},
     )
 

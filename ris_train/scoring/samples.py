@@ -206,7 +206,7 @@ class SampleTable:
     def write(self, path: Path) -> None:
         """Write the file, atomically; the same table gives the same bytes."""
         types = _COLUMNS | dict.fromkeys(_count_columns(self.views), pa.int64())
-        text = json.dumps(self.metadata, allow_nan=False, ensure_ascii=False)
+        text = json.dumps(self.metadata, allow_nan=False)  # ASCII: a path may hold what UTF-8 cannot
         schema = pa.schema(
             [pa.field(name, kind, nullable=False) for name, kind in types.items()],
             metadata={METADATA_KEY: text.encode()},
@@ -246,7 +246,13 @@ class SampleTable:
             else np.asarray(table.column(name).to_numpy(zero_copy_only=False))
             for name, kind in types.items()
         }
-        return cls(columns=columns, views=tuple(views), metadata=metadata)
+        found_table = cls(columns=columns, views=tuple(views), metadata=metadata)
+        try:
+            for view in views:
+                found_table.counts(view)
+        except ValueError as error:
+            raise _unreadable(path, f"holds impossible counts ({error})") from error
+        return found_table
 
 
 def has_position_word(text: str) -> bool:

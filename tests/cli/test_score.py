@@ -147,6 +147,20 @@ def test_ground_truth_needs_no_cache(ris, gres, tmp_path, monkeypatch):
     assert result.exit_code == 0, result.output
 
 
+def test_a_table_over_a_part_of_a_split_says_so(ris, drawn_data, tmp_path):
+    extracted = ris(
+        "extract", "--split", "refcoco:val", "--data", drawn_data, "--cache", tmp_path / "part",
+        "--preset", "tiny", "--random-weights", "--device", "cpu", "--limit", 1,
+    )  # fmt: skip
+    assert extracted.exit_code == 0, extracted.output
+    (tmp_path / "p.json").write_text("[]")
+    command = ("score", "--predictions", tmp_path / "p.json", "--split", "refcoco:val", "--allow-missing")
+    result = ris(*command, "--cache", tmp_path / "part")
+    assert result.exit_code == 0, result.output
+    assert "refcoco.unc:val (a part: the cache does not hold all of it)" in " ".join(result.stdout.split())
+    assert "a part" not in ris(*command, "--data", drawn_data).stdout
+
+
 def test_a_place_that_cannot_take_predictions_is_refused_before_the_evaluation(ris, gres, tmp_path):
     for target in (tmp_path / "p.csv", tmp_path):
         (tmp_path / "full.png").touch()

@@ -348,6 +348,7 @@ def test_a_result_says_what_its_numbers_mean() -> None:
         "num_no_target": 0,
         "quarantined": 2,
         "degenerate": 1,
+        "is_whole": True,
         **ris,
     }
     assert list(scores) == ["cris", "ris"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from ris_cache.datasets.segmentation import resize_nearest
 from ris_cache.datasets.selection import parse_selections
 from ris_cache.errors import CacheMissError, ConfigError, DataError
 from ris_cache.store.cache import FeatureCache
-from ris_train.annotated import AnnotatedSplits
+from ris_train.annotated import AnnotatedSplits, holds_whole
 from ris_train.data.samples import Sample
 from ris_train.score_predictions import ScoredPredictions, score_predictions
 from ris_train.scoring import RULES, VIEWS, collect, count_pixels, truth_mask
@@ -59,6 +60,7 @@ ANNOTATED = AnnotatedSplits(
     table_name=TABLE,
     splits={"val": VAL, "testA": TEST},
     quarantined={"val": 0, "testA": 2},
+    is_whole={"val": True, "testA": False},
     known=frozenset((one.ref_id, one.sent_id) for one in (*VAL, *TEST, sample(9, 1))),
     instances=INSTANCES,
     sizes=SIZES,
@@ -142,6 +144,47 @@ def test_decisions_of_a_head_are_used_and_without_any_the_mask_decides(tmp_path:
     assert not without.samples.counts("original").has_head
 
 
+@pytest.mark.parametrize(
+    ("splits", "asked", "is_whole"),
+    [
+        ({"val": True, "testA": True, "testB": True}, "refcoco:test", True),
+        ({"val": True, "testA": True}, "refcoco:test", False),
+        ({"val": True, "testA": True}, "refcoco:testA", True),
+        ({"val": False, "testA": True}, "refcoco:val", False),
+        ({"train": False, "val": True}, "refcoco:val", True),
+        ({"train": False}, "custom/b:train", False),
+        ({"hold": True}, "custom/b:hold", True),
+    ],
+)
+def test_a_cache_holds_a_split_whole_if_all_of_every_label_was_extracted(
+    splits: dict[str, bool], asked: str, is_whole: bool
+) -> None:
+    (selection,) = parse_selections(asked)
+    entry = SimpleNamespace(
+        splits={name: SimpleNamespace(is_complete=complete) for name, complete in splits.items()}
+    )
+    manifest = SimpleNamespace(datasets={selection.table_name: entry})
+    cache: Any = SimpleNamespace(manifest=manifest)
+    assert holds_whole(cache, selection) is is_whole
+
+
+def test_a_split_of_which_the_cache_holds_a_part_says_so(tmp_path: Path) -> None:
+    assert [result.as_dict()["is_whole"] for result in scored(saved(tmp_path, ALL)).results] == [True, False]
+
+
+def test_what_a_file_says_of_itself_may_be_hostile(tmp_path: Path) -> None:
+    """Text that UTF-8 cannot hold, and a list whose whole text would take more frames than Python has."""
+    nested = "[" * 900 + "]" * 900
+    entries = json.dumps(ALL)
+    info = f'{{"category_source": "\\ud800", "weights": {{"sam": {nested}, "\\udcff": "[/]"}}}}'
+    path = tmp_path / "p.json"
+    path.write_text(f'{{"info": {info}, "predictions": {entries}}}')
+    _, samples = scored(path).write(tmp_path)
+    found = SampleTable.read(samples).metadata
+    assert found["category_source"] == "\ud800"
+    assert found["weights"] == {"sam": "[[[...]]]", "\udcff": "[/]"}
+
+
 def test_decisions_of_some_predictions_alone_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="1 of 5 predictions state no_target"):
         scored(saved(tmp_path, [entry(VAL[0], no_target=False), *ALL[1:]]))
@@ -152,7 +195,12 @@ def test_decisions_of_some_predictions_alone_are_refused(tmp_path: Path) -> None
     [
         (ALL[1:], r"1 missing \(\(100, 0\)\)\. .*--allow-missing scores", {"missing": 1}),
         ([*ALL, ALL[2]], r"1 duplicate \(\(102, 2\)\)", {"duplicate": 1}),
-        ([*ALL, entry(sample(77, 1))], r"1 unknown \(\(177, 77\)\)", {"unknown": 1}),
+        ([*ALL, entry(sample(77, 1))], r"1 unknown \(\(177, 77\)\).*into it, --data every split",
+         {"unknown": 1}),
+        ([*ALL[1:], entry(sample(9, 1))], r"1 missing .*\. 1 predictions are of the dataset's other expr",
+         {"missing": 1}),
+        ([*ALL[:4], entry(TEST[0], segmentation={"size": [[[[1]] * 50] * 50] * 50})],
+         r"found \[\[\[\.\.\.\], .{1,80}, expected \(20, 30\)\)\. Correct", {"wrong_size": 1}),
         ([*ALL[:4], entry(TEST[0], image_id=2)], r"1 wrong image_id \(\(104, 4\): found 2, expected 1\)",
          {"wrong_image_id": 1}),
         ([*ALL[:4], entry(TEST[0], segmentation=entry(VAL[2])["segmentation"])],
@@ -246,7 +294,8 @@ def test_one_file_is_scored_against_one_dataset(tiny_cache: Path, drawn_data: Pa
     selections = parse_selections("refcoco:val,refcoco+:val")
     with pytest.raises(ConfigError, match=r"belongs to one dataset, not to refcoco\.unc, refcoco\+\.unc"):
         AnnotatedSplits.from_files(drawn_data, selections, text="sent")
-    with pytest.raises(CacheMissError, match=r"holds no expressions of refcocog\.umd"):
-        AnnotatedSplits.from_cache(
-            FeatureCache.open(tiny_cache), parse_selections("refcocog:val"), text="sent"
-        )
+    for selection in ("refcocog:val", "refcocog"):
+        with pytest.raises(CacheMissError, match=r"holds no expressions of refcocog\.umd.*with --data"):
+            AnnotatedSplits.from_cache(
+                FeatureCache.open(tiny_cache), parse_selections(selection), text="sent"
+            )

@@ -171,6 +171,25 @@ def test_a_file_that_is_no_samples_table_is_refused(tmp_path: Path, kind: str, m
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize(("column", "value"), [("I:480", 99), ("G:480", 5), ("P:original", -1)])
+def test_counts_that_cannot_be_are_refused(tmp_path: Path, column: str, value: int) -> None:
+    """An intersection beyond its mask, pixels of a sample that is annotated as no-target, less than none."""
+    changed = table()
+    numbers = np.array(changed.columns[column])
+    numbers[3] = value
+    changed.columns[column] = numbers
+    changed.write(tmp_path / "t.parquet")
+    with pytest.raises(DataError, match="holds impossible counts"):
+        SampleTable.read(tmp_path / "t.parquet")
+
+
+def test_metadata_that_utf_8_cannot_hold_comes_back(tmp_path: Path) -> None:
+    one = table()
+    one.metadata["method"] = "run\udcff"
+    one.write(tmp_path / "t.parquet")
+    assert SampleTable.read(tmp_path / "t.parquet").metadata["method"] == "run\udcff"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("man on the LEFT", True), ("left-most", True), ("bright car", False), ("second from right", True),
