@@ -47,7 +47,7 @@ from ris_train.frames import logit_of
 from ris_train.model.segmenter import ModelInputs, RisModel
 from ris_train.scoring import Counts, View, collect, count_pixels, rules_named, truth_mask
 from ris_train.scoring.results import views_of
-from ris_train.trainer import build_model
+from ris_train.training import build_model
 from ris_train.truth import GroundTruth
 
 _SELECTION = Selection(dataset="refcoco", split_by="unc", split="val")

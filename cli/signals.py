@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop at the next good moment."""
+"""Ctrl-C, SIGTERM and others as a request to stop at the next good moment."""
 
 from __future__ import annotations
 
@@ -13,9 +13,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """While entered, the first signal is a request and the second one interrupts at once."""
 
-    def __init__(self, what_happens: str) -> None:
-        """Say in a word what the request leads to, e.g. "after this shard"."""
+    def __init__(self, what_happens: str, *, signals: tuple[signal.Signals, ...] = SIGNALS) -> None:
+        """Say in a word what the request leads to, e.g. "after this shard".
+
+        Args:
+            what_happens: see above.
+            signals: that are requests.
+        """
         self._what_happens = what_happens
+        self._signals = signals
         self._before: dict[signal.Signals, Any] = {}
         self.signal: int | None = None
 
@@ -25,11 +31,11 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """130 for SIGINT, 143 for SIGTERM, as shells have it."""
+        """128 and the signal's number, as shells have it: 130 SIGINT, 143 SIGTERM, 138 SIGUSR1."""
         return 128 + (self.signal or signal.SIGINT)
 
     def __enter__(self) -> Self:
-        for number in SIGNALS:
+        for number in self._signals:
             self._before[number] = signal.signal(number, self._receive)
         return self
 

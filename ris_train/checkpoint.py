@@ -80,8 +80,13 @@ class CheckpointMetadata(BaseModel):
 
 def save_checkpoint(path: Path, model: RisModel, metadata: CheckpointMetadata) -> None:
     """Write atomically; an interrupted write leaves the file that was there."""
+    write_atomically(path, checkpoint_bytes(model, metadata))
+
+
+def checkpoint_bytes(model: RisModel, metadata: CheckpointMetadata) -> bytes:
+    """Content of a checkpoint's file."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(path, save(tensors, metadata={METADATA_KEY: metadata.model_dump_json()}))
+    return save(tensors, metadata={METADATA_KEY: metadata.model_dump_json()})
 
 
 def read_metadata(path: Path) -> CheckpointMetadata:

@@ -45,24 +45,80 @@ class Targets:
         return is_no_target
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Which part of a batch is compared, where one process computes only some samples of it at once.
+
+    The losses of all parts add up to those of the whole batch: means are taken over the batch, and random
+    points are drawn for the whole of it.
+
+    Attributes:
+        first_sample: place of the part's first sample in the batch.
+        num_samples: of the batch; the E expressions of the text logits.
+        num_targeted: samples of the batch that refer to something.
+        first_pair: matched pairs of the samples before the part.
+        num_pairs: of the batch; a sample of n instances has min(n, Q).
+    """
+
+    first_sample: int
+    num_samples: int
+    num_targeted: int
+    first_pair: int
+    num_pairs: int
+
+    @classmethod
+    def cut(cls, instances: Sequence[int], first_sample: int, *, num_queries: int) -> Part:
+        """Describe the part that begins at a sample.
+
+        Args:
+            instances: how many target instances each sample of the batch has.
+            first_sample: where the part begins.
+            num_queries: Q.
+        """
+        pairs = [min(count, num_queries) for count in instances]
+        return cls(
+            first_sample=first_sample,
+            num_samples=len(pairs),
+            num_targeted=sum(count > 0 for count in pairs),
+            first_pair=sum(pairs[:first_sample]),
+            num_pairs=sum(pairs),
+        )
+
+    @classmethod
+    def whole(cls, targets: Targets, *, num_queries: int) -> Part:
+        """Describe a batch that is computed at once."""
+        instances = torch.bincount(targets.instance_samples, minlength=len(targets.masks))
+        return cls.cut(instances.tolist(), 0, num_queries=num_queries)
+
+
 def total_loss(
-    outputs: ModelOutputs, targets: Targets, config: LossConfig
+    outputs: ModelOutputs,
+    targets: Targets,
+    config: LossConfig,
+    *,
+    part: Part | None = None,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Add up all losses with their weights.
 
     L = λ_Dice·Dice(M_SAM) + λ_BCE·BCE(M_SAM) + λ_DFAM·Σ_l(λ_Dice,l·Dice + λ_BCE,l·BCE + λ_VL,l·VL) + λ_nt·CE.
     Samples without a target take part in the text loss and in the no-target head's alone: the mask losses
-    are means over the others, 0 if there are none.
+    are means over the others, 0 if there are none; with `config.mask_average` "all", M_SAM's are divided by
+    the number of all samples instead.
 
     Args:
         outputs: with DFAM's predictions, and with the no-target head's if the model has one.
         targets: of the same batch.
         config: the λ and the points.
+        part: what these samples are of the batch; they are the whole of it by default.
+        generator: where random points are drawn from, on the device of the outputs; torch's own by default.
+            The parts of a batch are given generators of the same state.
 
     Returns:
         The loss, and its terms before weighting (DFAM's summed over l), detached.
     """
     assert outputs.dfam is not None, "training needs DFAM's predictions"
+    part = part or Part.whole(targets, num_queries=outputs.dfam[0].mask_logits.shape[1])
     is_no_target = targets.is_no_target
     masks = targets.masks[~is_no_target]
     mask_logits = F.interpolate(
@@ -71,9 +127,10 @@ def total_loss(
         mode="bilinear",
         align_corners=False,
     ).squeeze(1)
-    mask_dice = _mean(dice_loss(mask_logits.flatten(1), masks.flatten(1)))
-    mask_bce = _mean(F.binary_cross_entropy_with_logits(mask_logits, masks, reduction="none"))
-    dfam = [dfam_losses(prediction, targets, config) for prediction in outputs.dfam]
+    num_masks = part.num_samples if config.mask_average == "all" else part.num_targeted
+    mask_dice = _mean(dice_loss(mask_logits.flatten(1), masks.flatten(1)), num_masks)
+    mask_bce = _mean(F.binary_cross_entropy_with_logits(mask_logits, masks, reduction="none"), num_masks)
+    dfam = [dfam_losses(prediction, targets, config, part, generator) for prediction in outputs.dfam]
     dfam_dice, dfam_bce, dfam_vl = (torch.stack(terms).sum() for terms in zip(*dfam, strict=True))
     loss = (
         config.mask_dice * mask_dice
@@ -88,17 +145,24 @@ def total_loss(
         "dfam_vl": dfam_vl,
     }
     if outputs.no_target_logits is not None:
-        terms["no_target"] = no_target_loss(outputs.no_target_logits, is_no_target, config.no_target_weights)
+        terms["no_target"] = no_target_loss(
+            outputs.no_target_logits, is_no_target, config.no_target_weights, part
+        )
         loss = loss + config.no_target * terms["no_target"]
     return loss, {name: term.detach() for name, term in terms.items()}
 
 
 def dfam_losses(
-    prediction: DfamPrediction, targets: Targets, config: LossConfig
+    prediction: DfamPrediction,
+    targets: Targets,
+    config: LossConfig,
+    part: Part | None = None,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Match one layer's queries to the targets and compare (Dice, BCE, VL), each a scalar."""
+    part = part or Part.whole(targets, num_queries=prediction.mask_logits.shape[1])
     device = prediction.mask_logits.device
-    points = torch.rand(config.num_points, 2, device=device)
+    points = torch.rand(config.num_points, 2, device=device, generator=generator)
     matching = match_queries(prediction, targets.instance_masks, targets.instance_samples, points, config)
     matched = prediction.mask_logits[matching.samples, matching.queries]
     with torch.no_grad():
@@ -107,13 +171,16 @@ def dfam_losses(
             num_points=config.num_points,
             oversample=config.oversample,
             importance_ratio=config.importance_ratio,
+            first=part.first_pair,
+            total=part.num_pairs,
+            generator=generator,
         )
         labels = sample_at(targets.instance_masks[matching.instances], points)
     logits = sample_at(matched, points)
     return (
-        _mean(dice_loss(logits, labels)),
-        _mean(F.binary_cross_entropy_with_logits(logits, labels, reduction="none")),
-        text_loss(prediction.text_logits, matching, targets.is_related),
+        _mean(dice_loss(logits, labels), part.num_pairs),
+        _mean(F.binary_cross_entropy_with_logits(logits, labels, reduction="none"), part.num_pairs),
+        text_loss(prediction.text_logits, matching, targets.is_related, part),
     )
 
 
@@ -132,7 +199,9 @@ def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return 1 - (2 * overlap + 1) / (probabilities.sum(dim=1) + labels.sum(dim=1) + 1)
 
 
-def text_loss(text_logits: Tensor, matching: Matching, is_related: Tensor) -> Tensor:
+def text_loss(
+    text_logits: Tensor, matching: Matching, is_related: Tensor, part: Part | None = None
+) -> Tensor:
     """Compute the vision-language loss: binary cross-entropy of every (query, expression) pair.
 
     The label is 1 where a matched query meets its own sample's expression; an expression that refers to
@@ -143,30 +212,42 @@ def text_loss(text_logits: Tensor, matching: Matching, is_related: Tensor) -> Te
         text_logits: float[B, Q, E].
         matching: which queries are matched.
         is_related: bool[B, E], pairs that are no true negatives and are left out.
+        part: what the B samples are of the batch whose E expressions they meet; the whole by default.
 
     Returns:
         A scalar.
     """
+    first = 0 if part is None else part.first_sample
     labels = torch.zeros_like(text_logits)
-    labels[matching.samples, matching.queries, matching.samples] = 1
+    labels[matching.samples, matching.queries, matching.samples + first] = 1
     losses = F.binary_cross_entropy_with_logits(text_logits, labels, reduction="none")
     kept = losses.masked_fill(is_related.unsqueeze(1), 0)
+    if part is not None:
+        return kept.sum() / (part.num_pairs + part.num_samples - part.num_targeted)
     num_unmatched = len(text_logits) - len(torch.unique(matching.samples))
     return kept.sum() / (len(matching.samples) + num_unmatched)
 
 
-def no_target_loss(logits: Tensor, is_no_target: Tensor, weights: Sequence[float]) -> Tensor:
+def no_target_loss(
+    logits: Tensor, is_no_target: Tensor, weights: Sequence[float], part: Part | None = None
+) -> Tensor:
     """Compute the weighted cross-entropy of the no-target head (supplement Eq. 2), before λ_nt.
 
     Args:
         logits: float[B, 2], index 1 for "refers to nothing".
         is_no_target: bool[B].
         weights: of the two classes; the weighted sum is divided by the sum of the weights.
+        part: what the B samples are of the batch that this sum is over; the whole by default.
 
     Returns:
         A scalar.
     """
-    return F.cross_entropy(logits, is_no_target.long(), weight=logits.new_tensor(weights))
+    labels, class_weights = is_no_target.long(), logits.new_tensor(weights)
+    if part is None:
+        return F.cross_entropy(logits, labels, weight=class_weights)
+    num_without = part.num_samples - part.num_targeted
+    total = part.num_targeted * weights[0] + num_without * weights[1]
+    return F.cross_entropy(logits, labels, weight=class_weights, reduction="sum") / total
 
 
 def sample_at(masks: Tensor, points: Tensor) -> Tensor:
@@ -184,7 +265,14 @@ def sample_at(masks: Tensor, points: Tensor) -> Tensor:
 
 
 def uncertain_points(
-    logits: Tensor, *, num_points: int, oversample: float, importance_ratio: float
+    logits: Tensor,
+    *,
+    num_points: int,
+    oversample: float,
+    importance_ratio: float,
+    first: int = 0,
+    total: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw points, most of them where the logits are nearest to 0 (PointRend, Kirillov et al. 2020).
 
@@ -193,18 +281,25 @@ def uncertain_points(
         num_points: K.
         oversample: K·oversample candidates are drawn uniformly.
         importance_ratio: share of K taken from the candidates by uncertainty; the rest is uniform.
+        first: masks of the batch before these; theirs are drawn too, so that all parts draw alike.
+        total: masks of the batch; T by default.
+        generator: where to draw from, on the device of the logits; torch's own by default.
 
     Returns:
         float[T, K, 2].
     """
     num_masks = logits.shape[0]
     num_important = int(importance_ratio * num_points)
-    candidates = torch.rand(num_masks, int(num_points * oversample), 2, device=logits.device)
+
+    def draw(count: int) -> Tensor:
+        drawn = torch.rand(total or num_masks, count, 2, device=logits.device, generator=generator)
+        return drawn[first : first + num_masks]
+
+    candidates = draw(int(num_points * oversample))
     uncertainty = -sample_at(logits, candidates).abs()
     chosen = uncertainty.topk(num_important, dim=1).indices
     important = candidates.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 2))
-    uniform = torch.rand(num_masks, num_points - num_important, 2, device=logits.device)
-    return torch.cat([important, uniform], dim=1)
+    return torch.cat([important, draw(num_points - num_important)], dim=1)
 
 
 def related_pairs(
@@ -216,13 +311,14 @@ def related_pairs(
 ) -> Tensor:
     """Find the pairs that are not true negatives of the text loss.
 
-    An expression that refers to nothing shares neither targets nor a category with any other.
+    An expression that refers to nothing shares neither targets nor a category with any other. With `none`,
+    no pair is left out.
 
     Args:
         image_ids: of each sample.
         ann_ids: target instances of each sample.
         category_ids: first target category of each sample, `NO_CATEGORY` without one.
-        exclude: `referent` or `category`, see `LossConfig.vl_exclude`.
+        exclude: `referent`, `category` or `none`, see `LossConfig.vl_exclude`.
 
     Returns:
         bool[B, B], false on the diagonal. Instances belong to one image, so sharing one means sharing the
@@ -230,6 +326,8 @@ def related_pairs(
     """
     size = len(image_ids)
     related = torch.zeros(size, size, dtype=torch.bool)
+    if exclude == "none":
+        return related
     for first in range(size):
         for second in range(first + 1, size):
             shares_target = image_ids[first] == image_ids[second] and not ann_ids[first].isdisjoint(
@@ -242,6 +340,11 @@ def related_pairs(
     return related
 
 
-def _mean(values: Tensor) -> Tensor:
-    """Average over all values; 0, with gradients of 0, where there are none."""
-    return values.sum() / max(values.numel(), 1)
+def _mean(values: Tensor, num_rows: int) -> Tensor:
+    """Average as if there were `num_rows` rows; 0, with gradients of 0, where there are none.
+
+    Args:
+        values: [n, …], rows of the same size; those that are not here count 0.
+        num_rows: rows of the whole batch, at least n.
+    """
+    return values.sum() / max(num_rows * values[:1].numel(), num_rows, 1)

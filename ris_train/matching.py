@@ -84,9 +84,9 @@ def matching_costs(
         sample's expression refers to".
     """
     grid = (2 * points - 1).view(1, -1, 1, 2)
-    mask_logits = prediction.mask_logits.float()
+    mask_logits = at_least_float32(prediction.mask_logits)
     logits = _read(mask_logits, grid)[instance_samples]
-    labels = _read(instance_masks.unsqueeze(1).float(), grid).squeeze(1)
+    labels = _read(instance_masks.unsqueeze(1).to(mask_logits.dtype), grid).squeeze(1)
     num_points = points.shape[0]
 
     probabilities = logits.sigmoid()
@@ -94,8 +94,13 @@ def matching_costs(
     dice = 1 - (2 * overlap + 1) / (probabilities.sum(-1) + labels.sum(-1, keepdim=True) + 1)
     # BCE(x, g) = softplus(x) − x·g
     bce = (F.softplus(logits).sum(-1) - torch.einsum("tqk,tk->tq", logits, labels)) / num_points
-    own = prediction.text_logits.float()[instance_samples, :, instance_samples]
+    own = at_least_float32(prediction.text_logits)[instance_samples, :, instance_samples]
     return config.dfam_dice * dice + config.dfam_bce * bce + config.dfam_vl * F.softplus(-own)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Take half precision to float32; wider tensors stay as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _read(masks: Tensor, grid: Tensor) -> Tensor:

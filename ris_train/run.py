@@ -1,12 +1,14 @@
 """A run directory: configuration, environment, metrics, checkpoints, evaluations.
 
-runs/<name>/config.yaml  env.json  metrics.jsonl  tokenizer/  checkpoints/{best,last}.safetensors  eval/
+runs/<name>/config.yaml  env.json  metrics.jsonl  tokenizer/  eval/
+            checkpoints/{best,last}.safetensors  checkpoints/state-<step>/
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ import yaml
 
 from ris_cache.errors import CheckpointError, ConfigError
 from ris_cache.store.files import write_atomically
-from ris_train.config import RunConfig
+from ris_train.config import RunConfig, parse_config
 
 LIBRARIES = ("ris", "torch", "transformers", "segment-anything", "open_clip_torch", "zarr", "numpy")
 
@@ -49,6 +51,11 @@ class RunDirectory:
         """Path of the checkpoint `best` or `last`."""
         return self.path / "checkpoints" / f"{name}.safetensors"
 
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Checkpoints, and the states that the run can be resumed from."""
+        return self.path / "checkpoints"
+
     @classmethod
     def create(cls, path: Path, config: RunConfig, *, facts: Mapping[str, Any]) -> RunDirectory:
         """Make the directory and write what the run is made of.
@@ -64,7 +71,9 @@ class RunDirectory:
         run = cls(path)
         if run.config_path.exists():
             raise ConfigError(
-                f"{path} holds a run already. Name another one with --run, or remove it.", path=path
+                f"{path} holds a run already. Go on with it (`ris train --run {path.name}`, without --resume "
+                "never), name another one with --run, or remove it.",
+                path=path,
             )
         write_atomically(
             path / "env.json",
@@ -78,14 +87,63 @@ class RunDirectory:
                 }
             ),
         )
-        tree = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        write_atomically(run.config_path, tree.encode())
+        run.write_config(config)
         return run
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write the resolved configuration, in place of an earlier one."""
+        tree = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        write_atomically(self.config_path, tree.encode())
+
+    def read_config(self) -> RunConfig:
+        """Read the configuration that the run was made, or last resumed, with.
+
+        Raises:
+            CheckpointError: there is no run here.
+            ConfigError: the file cannot be read as a configuration of this version.
+        """
+        if not self.config_path.is_file():
+            raise CheckpointError(
+                f"There is no run at {self.path}: it has no config.yaml. `ris runs list` shows "
+                "those there are.",
+                path=self.path,
+            )
+        try:
+            tree = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{self.config_path} is not YAML: {error}", path=self.config_path) from error
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{self.config_path} holds no configuration.", path=self.config_path)
+        return parse_config(tree, origin=str(self.config_path))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to the metrics; a score over nothing (NaN) becomes null."""
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite_or_null(dict(record)), allow_nan=False) + "\n")
+
+    def sync_metrics(self) -> int:
+        """Make the metrics survive a power cut; returns their size in bytes."""
+        if not self.metrics_path.exists():
+            return 0
+        with self.metrics_path.open("ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def truncate_metrics(self, num_bytes: int) -> None:
+        """Drop the lines beyond a size that `sync_metrics` returned; they are of steps taken anew.
+
+        Raises:
+            CheckpointError: the file is shorter than that.
+        """
+        found = self.metrics_path.stat().st_size if self.metrics_path.exists() else 0
+        if found < num_bytes:
+            raise CheckpointError(
+                f"{self.metrics_path} has {found} bytes, but had {num_bytes} when the run's state was saved: "
+                "somebody shortened it. Put it back, or train anew under another name with --run.",
+                path=self.metrics_path,
+            )
+        if found > num_bytes:
+            os.truncate(self.metrics_path, num_bytes)
 
     def write_evaluation(self, name: str, results: Any) -> Path:
         """Keep an evaluation as JSON beside the run; returns the file."""

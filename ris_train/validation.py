@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -11,11 +12,13 @@ from ris_cache.store.cache import FeatureCache
 from ris_train.config import RunConfig
 from ris_train.data.batch import BatchBuilder, default_category_source
 from ris_train.data.merge import require_one_split
-from ris_train.data.samples import load_samples
+from ris_train.data.samples import Sample, load_samples
 from ris_train.data.text import Tokenizer
 from ris_train.evaluate import count_samples
 from ris_train.model.segmenter import RisModel
+from ris_train.ranks import Ranks
 from ris_train.scoring import RuleSet, Scores, default_rules, rules_named
+from ris_train.sharding import gather, shard
 from ris_train.truth import GroundTruth
 
 
@@ -27,6 +30,7 @@ class Validation:
         tokenizer: the run's.
         config: `data`, and of `train` how many expressions are scored and in what batches.
         device: where the model is.
+        samples: score these instead of the selection, by its rule set; they are of the training tables.
 
     Raises:
         CacheMissError: the cache lacks the selection.
@@ -36,13 +40,20 @@ class Validation:
     """
 
     def __init__(
-        self, cache: FeatureCache, tokenizer: Tokenizer, config: RunConfig, device: torch.device
+        self,
+        cache: FeatureCache,
+        tokenizer: Tokenizer,
+        config: RunConfig,
+        device: torch.device,
+        *,
+        samples: Sequence[Sample] | None = None,
     ) -> None:
         selection = require_one_split(config.data.val, "data.val")
-        samples = load_samples(cache, selection, text=config.data.text).samples
+        self.label = config.data.val if samples is None else f"{len(samples)} of {config.data.train}"
+        if samples is None:
+            samples = load_samples(cache, selection, text=config.data.text).samples
         if not samples:
             raise DataError(f"{config.data.val} has no expression whose image could be read; choose another.")
-        self.label = config.data.val
         self.size = len(samples)
         self.rules = _rules(
             config.data.rules, selection.dataset, has_no_target=any(sample.is_no_target for sample in samples)
@@ -50,30 +61,37 @@ class Validation:
         limit = config.train.val_samples
         if limit is not None and limit < len(samples):
             samples = tuple(samples[index * len(samples) // limit] for index in range(limit))
-        self._samples = samples
+        self._samples = tuple(samples)
         self._batch_size = config.train.batch_size
         self._builder = BatchBuilder(
             cache,
             tokenizer,
-            categories=cache.categories(cache.manifest.datasets[selection.table_name].category_set),
+            categories=cache.categories(cache.manifest.datasets[samples[0].table_name].category_set),
             category_source=default_category_source(config),
             device=device,
         )
         # Without this, a category that is missing would come to light at the first evaluation, hours later.
         self._builder.require_categories(samples)
-        self._truth = GroundTruth.from_cache(cache, [selection.table_name])
+        self._truth = GroundTruth.from_cache(cache, sorted({sample.table_name for sample in samples}))
 
-    def score(self, model: RisModel) -> Scores:
-        """Score a model on at most `train.val_samples` expressions."""
+    def score(self, model: RisModel, ranks: Ranks | None = None) -> Scores:
+        """Score a model on at most `train.val_samples` expressions.
+
+        Args:
+            model: the same on all processes.
+            ranks: processes that share the work, each its own images; every one returns the scores of all.
+        """
+        ranks = ranks or Ranks(0, 1, torch.device("cpu"))
+        image_ids = [sample.image_id for sample in self._samples]
         counts = count_samples(
             model,
-            self._samples,
+            [self._samples[position] for position in shard(image_ids, ranks.rank, ranks.world)],
             self._builder,
             self._truth,
             views=[self.rules.view],
             batch_size=self._batch_size,
         )
-        return self.rules.score(counts[self.rules.view.name])
+        return self.rules.score(gather(image_ids, ranks.collect(counts))[self.rules.view.name])
 
     def is_better(self, new: Scores, best: Scores) -> bool:
         """Compare by the headline metric; NaN, from masks that are all empty, is worse than any score."""

@@ -98,7 +98,7 @@ def warm_table(results: Sequence[Warm], *, markdown: bool) -> list[str]:
         for warm in results
         if warm.missing is not None
     ]
-    return _table(header, rows, markdown=markdown)
+    return table(header, rows, markdown=markdown)
 
 
 def warm_notes(results: Iterable[Warm]) -> list[str]:
@@ -129,7 +129,7 @@ def cold_table(results: Sequence[Cold], *, markdown: bool) -> list[str]:
         )
         for cold in results
     ]
-    return _table(header, rows, markdown=markdown)
+    return table(header, rows, markdown=markdown)
 
 
 def cold_notes(results: Iterable[Cold]) -> list[str]:
@@ -147,10 +147,16 @@ def cold_notes(results: Iterable[Cold]) -> list[str]:
     return [legend, "mincore confirms that no file was in the page cache when its reading began."]
 
 
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, markdown: bool) -> list[str]:
-    """Align columns: text to the left, figures to the right."""
+def table(
+    header: tuple[str, ...],
+    rows: Sequence[tuple[str, ...]],
+    *,
+    markdown: bool,
+    ends_with_text: bool = True,
+) -> list[str]:
+    """Align columns: text, which the first is and the last may be, to the left, figures to the right."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    is_text = [column in (0, len(header) - 1) for column in range(len(header))]
+    is_text = [column == 0 or (ends_with_text and column == len(header) - 1) for column in range(len(header))]
 
     def line(row: tuple[str, ...]) -> str:
         cells = [

@@ -99,18 +99,40 @@ class BatchBuilder:
         self, samples: Sequence[Sample], image_ids: Sequence[int], *, image_index: Tensor | None
     ) -> ModelInputs:
         decoded = self._decoded(self._cache.read(image_ids))
-        token_ids, text_mask = self._tokenizer.encode([sample.text for sample in samples])
+        token_ids, text_mask = self.tokens(samples)
         return ModelInputs(
             image_embeddings=decoded["sam"],
             clip_features=decoded["clip"],
-            token_ids=self._move(token_ids),
-            text_mask=self._move(text_mask),
+            token_ids=token_ids,
+            text_mask=text_mask,
             category_embeddings=self._categories(samples),
             image_index=image_index,
         )
 
-    def training_batch(self, samples: Sequence[Sample], masks: TargetMasks, *, vl_exclude: str) -> Batch:
-        """Build a batch with targets; a sample that refers to nothing has an empty mask and no instance."""
+    def training_batch(
+        self,
+        samples: Sequence[Sample],
+        masks: TargetMasks,
+        *,
+        vl_exclude: str,
+        is_grouped: bool = False,
+        batch: Sequence[Sample] | None = None,
+        first: int = 0,
+    ) -> Batch:
+        """Build a batch, or a part of one, with targets.
+
+        A sample that refers to nothing has an empty mask and no instance.
+
+        Args:
+            samples: the B samples of the part.
+            masks: rasterises their instances.
+            vl_exclude: see `LossConfig`.
+            is_grouped: whether the features of an image are read once for all its samples.
+            batch: the E samples of the whole batch, with whose expressions these are compared; `samples`
+                itself by default.
+            first: place of the part's first sample in `batch`.
+        """
+        batch = samples if batch is None else batch
         owners = [row for row, sample in enumerate(samples) for _ in sample.ann_ids]
         instance_masks = np.zeros((len(owners), masks.size, masks.size), dtype=bool)
         unions = np.zeros((len(samples), masks.size, masks.size), dtype=bool)
@@ -124,14 +146,20 @@ class BatchBuilder:
             instance_samples=self._move(torch.tensor(owners, dtype=torch.int64)),
             is_related=self._move(
                 related_pairs(
-                    [sample.image_id for sample in samples],
-                    [frozenset(sample.ann_ids) for sample in samples],
-                    [sample.category_id for sample in samples],
+                    [sample.image_id for sample in batch],
+                    [frozenset(sample.ann_ids) for sample in batch],
+                    [sample.category_id for sample in batch],
                     exclude=vl_exclude,
-                )
+                )[first : first + len(samples)]
             ),
         )
-        return Batch(samples=tuple(samples), inputs=self.inputs(samples), targets=targets)
+        inputs = self.grouped_inputs(samples) if is_grouped else self.inputs(samples)
+        return Batch(samples=tuple(samples), inputs=inputs, targets=targets)
+
+    def tokens(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """Cut the expressions of samples: token_ids int64[B, L] and text_mask bool[B, L]."""
+        token_ids, text_mask = self._tokenizer.encode([sample.text for sample in samples])
+        return self._move(token_ids), self._move(text_mask)
 
     def evaluation_batch(self, samples: Sequence[Sample]) -> Batch:
         """Build a batch without targets."""

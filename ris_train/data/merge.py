@@ -240,9 +240,9 @@ def evaluation_images(
         for one in training:
             if one.table_name == table_name and one.split is not None:
                 trained.update(matching_splits(one.split, labels, one.dataset))
-        for expression in cache.expressions(table_name):
-            if expression.split not in trained:
-                found.setdefault(f"{table_name}:{expression.split}", set()).add(expression.image_id)
+        for split, image_id in zip(*cache.expression_columns(table_name, ("split", "image_id")), strict=True):
+            if split not in trained:
+                found.setdefault(f"{table_name}:{split}", set()).add(image_id)
     return found
 
 

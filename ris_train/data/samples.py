@@ -41,6 +41,19 @@ class Sample:
         return not self.ann_ids
 
 
+_STORED_AS_IS = (
+    "split",
+    "ref_id",
+    "sent_id",
+    "image_id",
+    "ann_ids",
+    "category_id",
+    "clip_category_id",
+    "is_degenerate",
+)
+"""Columns that a sample takes over under their own names."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleSet:
     """The samples of one selection, in the order of the dataset's file.
@@ -88,28 +101,19 @@ def load_samples(cache: FeatureCache, selection: Selection, *, text: str) -> Sam
             split=selection.split,
             known=tuple(entry.splits),
         )
-    selected = [
-        expression for expression in cache.expressions(selection.table_name) if expression.split in splits
-    ]
     quarantined = cache.quarantined
+    columns = cache.expression_columns(
+        selection.table_name, ("raw" if text == "raw" else "sent", *_STORED_AS_IS), splits=splits
+    )
     samples = tuple(
         Sample(
-            table_name=selection.table_name,
-            split=expression.split,
-            ref_id=expression.ref_id,
-            sent_id=expression.sent_id,
-            image_id=expression.image_id,
-            text=expression.raw if text == "raw" else expression.sent,
-            ann_ids=expression.ann_ids,
-            category_id=expression.category_id,
-            clip_category_id=expression.clip_category_id,
-            is_degenerate=expression.is_degenerate,
+            table_name=selection.table_name, text=expression, **dict(zip(_STORED_AS_IS, values, strict=True))
         )
-        for expression in selected
-        if expression.image_id not in quarantined
+        for expression, *values in zip(*columns, strict=True)
+        if values[_STORED_AS_IS.index("image_id")] not in quarantined
     )
     return SampleSet(
-        table_name=selection.table_name, samples=samples, quarantined=len(selected) - len(samples)
+        table_name=selection.table_name, samples=samples, quarantined=len(columns[0]) - len(samples)
     )
 
 

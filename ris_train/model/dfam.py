@@ -1,7 +1,7 @@
 """DFAM: queries that read SAM's and CLIP's pyramids in turn (method Sec. 3.3; supplement Table 2: 6.90 M).
 
-B samples, I images, E expressions in the batch (E = B), Q queries, C channels, P side of SAM's embedding
-grid, D_text width of BERT. Three layers, l = 1 … 3; predictions exist for l = 0 … 3.
+B samples, I images, E expressions in the batch (E = B if it is computed at once), Q queries, C channels,
+P side of SAM's embedding grid, D_text width of BERT. Three layers, l = 1 … 3; predictions for l = 0 … 3.
 """
 
 from __future__ import annotations
@@ -98,14 +98,15 @@ class Dfam(nn.Module):
             image_embeddings: float[B, C, P, P], what the masks are read from.
             sam_levels: float[B, C, h, w] SAM pyramid, coarsest first, one per layer.
             clip_levels: float[B, C, h, w] pixel decoder levels, coarsest first, one per layer.
-            sentences: float[E, D_text], BERT's [CLS] of every expression in the batch.
+            sentences: float[E, D_text], BERT's [CLS] of every expression in the batch; more than B where only
+                a part of the batch is computed.
             image_index: int64[B]; given, image_embeddings and sam_levels hold one row per image, [I, …], and
                 image_index says which row each sample reads.
 
         Returns:
             Predictions for l = 0 … N_l; only the text logits relate samples to one another.
         """
-        batch_size = sentences.shape[0]
+        batch_size = len(image_embeddings) if image_index is None else len(image_index)
         read_out = per_sample(image_embeddings, image_index)
         text = F.normalize(self.text_projection(sentences), dim=-1)
         positions = self.query_positions.weight.expand(batch_size, -1, -1)

@@ -15,7 +15,7 @@ from ris_cache.encoders.spec import EncoderSpec
 from ris_cache.vision_imports import ensure_torchvision
 from ris_train.config import ModelConfig
 from ris_train.model.dfam import Dfam, DfamPrediction
-from ris_train.model.language import LanguageEncoder
+from ris_train.model.language import LanguageEncoder, TextFeatures
 from ris_train.model.mask_decoder import BatchedMaskDecoder
 from ris_train.model.no_target import NoTargetHead
 from ris_train.model.pixel_decoder import NUM_LEVELS, PixelDecoder
@@ -108,7 +108,14 @@ class RisModel(nn.Module):
         self.category_projection = (
             nn.Linear(encoders.clip.embed_dim, channels) if config.sparse_prompt == "category" else None
         )
-        self.sparse_prompt = SparsePrompt(channels, config.num_heads)
+        self.sparse_prompt = SparsePrompt(
+            channels,
+            config.num_heads,
+            ffn_dim=config.ffn_dim if config.sparse_prompt_ffn else None,
+            reads_padding=config.sparse_prompt_padding,
+        )
+        self.max_tokens = config.max_tokens
+        self.dense_prompt_resize = config.dense_prompt_resize
         self.mask_decoder = BatchedMaskDecoder(
             build_mask_decoder(encoders.sam), build_prompt_encoder(encoders.sam)
         )
@@ -120,17 +127,33 @@ class RisModel(nn.Module):
         """Whether the model judges if an expression refers to anything; it needs DFAM for that."""
         return self.no_target is not None
 
-    def forward(self, inputs: ModelInputs, *, with_dfam: bool = True) -> ModelOutputs:
+    def encode_text(self, inputs: ModelInputs) -> TextFeatures:
+        """Encode the expressions, which `forward` does itself unless it is given the result."""
+        return self.language(*self._padded(inputs.token_ids, inputs.text_mask))  # type: ignore[no-any-return]
+
+    def forward(
+        self,
+        inputs: ModelInputs,
+        *,
+        with_dfam: bool = True,
+        text: TextFeatures | None = None,
+        sentences: Tensor | None = None,
+    ) -> ModelOutputs:
         """Segment.
 
         Args:
             inputs: the batch.
             with_dfam: whether to run DFAM. The mask does not depend on it, so evaluation leaves it out,
                 unless the model has a no-target head, which reads DFAM's queries.
+            text: of these expressions, from `encode_text`.
+            sentences: float[E, D_text], BERT's [CLS] of all expressions that DFAM compares the queries with;
+                those of `text` by default.
         """
-        text = self.language(inputs.token_ids, inputs.text_mask)
+        token_ids, text_mask = self._padded(inputs.token_ids, inputs.text_mask)
+        if text is None:
+            text = self.language(token_ids, text_mask)
         index = inputs.image_index
-        fused = self.pwam(inputs.clip_features, text.words, inputs.text_mask, image_index=index)
+        fused = self.pwam(inputs.clip_features, text.words, text_mask, image_index=index)
         decoded = self.pixel_decoder(self.clip_pyramid(fused))
         if self.category_projection is None:
             query = text.sentence
@@ -140,12 +163,12 @@ class RisModel(nn.Module):
         dense_prompt = F.interpolate(
             decoded.dense_prompt,
             size=inputs.image_embeddings.shape[-2:],
-            mode="bilinear",
+            mode=self.dense_prompt_resize,
             align_corners=False,
         )
         mask_logits = self.mask_decoder(
             per_sample(inputs.image_embeddings, index),
-            self.sparse_prompt(query, text.words, inputs.text_mask),
+            self.sparse_prompt(query, text.words, text_mask),
             dense_prompt,
         )
         predictions, no_target_logits = None, None
@@ -155,9 +178,17 @@ class RisModel(nn.Module):
                 inputs.image_embeddings,
                 sam_levels[::-1],
                 decoded.levels[::-1],
-                text.raw_sentence,
+                text.raw_sentence if sentences is None else sentences,
                 image_index=index,
             )
             if self.no_target is not None:
                 no_target_logits = self.no_target(predictions[-1].queries)
         return ModelOutputs(mask_logits=mask_logits, dfam=predictions, no_target_logits=no_target_logits)
+
+    def _padded(self, token_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Pad to `max_tokens` where padding is read, so that a batch's longest expression decides nothing."""
+        if not self.sparse_prompt.reads_padding:
+            return token_ids, text_mask
+        missing = self.max_tokens - token_ids.shape[1]
+        pad_id = self.language.bert.config.pad_token_id or 0
+        return F.pad(token_ids, (0, missing), value=pad_id), F.pad(text_mask, (0, missing), value=False)

@@ -16,12 +16,22 @@ class SparsePrompt(nn.Module):
     Args:
         channels: C.
         num_heads: attention heads.
+        ffn_dim: hidden width of a feed-forward block that follows, as in the authors' code; None for the
+            supplement's prompt, which has no such block.
+        reads_padding: whether the attention reads padding as if it were words, as in the authors' code.
     """
 
-    def __init__(self, channels: int, num_heads: int) -> None:
+    def __init__(
+        self, channels: int, num_heads: int, *, ffn_dim: int | None = None, reads_padding: bool = False
+    ) -> None:
         super().__init__()
+        self.reads_padding = reads_padding
         self.cross_attention = Attention(channels, num_heads)
         self.norm = nn.LayerNorm(channels)
+        self.ffn, self.ffn_norm = None, None
+        if ffn_dim is not None:
+            self.ffn = nn.Sequential(nn.Linear(channels, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, channels))
+            self.ffn_norm = nn.LayerNorm(channels)
 
     def forward(self, query: Tensor, words: Tensor, text_mask: Tensor) -> Tensor:
         """Build the prompt.
@@ -35,6 +45,8 @@ class SparsePrompt(nn.Module):
             float[B, 1, C].
         """
         token = query.unsqueeze(1)
-        attended = self.cross_attention(token, words, words, mask=text_mask[:, None, None, :])
-        prompt: Tensor = self.norm(token + attended)
+        mask = None if self.reads_padding else text_mask[:, None, None, :]
+        prompt: Tensor = self.norm(token + self.cross_attention(token, words, words, mask=mask))
+        if self.ffn is not None and self.ffn_norm is not None:
+            prompt = self.ffn_norm(prompt + self.ffn(prompt))
         return prompt

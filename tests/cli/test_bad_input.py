@@ -313,7 +313,7 @@ def test_training_without_bert_weights_says_what_to_do(refused, tiny_cache, tmp_
 def test_a_run_is_never_overwritten(refused, tiny_cache, tiny_runs):
     message = refused(
         "train", "--cache", tiny_cache, "--runs", tiny_runs, "--run", "first", "--random-weights", "--device",
-        "cpu", exit_code=2,
+        "cpu", "--resume", "never", exit_code=2,
     )  # fmt: skip
     assert "--run" in message
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import termios
@@ -20,12 +21,14 @@ from ris_train.scoring.samples import SampleTable
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory, tiny_cache, tiny_runs, ris) -> Path:
-    """Runs directory in which `first` was evaluated by two rule sets on every split."""
+    """Runs directory in which `first` was evaluated by two rule sets on every split, and not otherwise."""
+    runs = tmp_path_factory.mktemp("runs")
+    shutil.copytree(tiny_runs / "first", runs / "first", ignore=shutil.ignore_patterns("eval"))
     result = ris(
-        "eval", "--cache", tiny_cache, "--runs", tiny_runs, "--run", "first", "--rules", "ris,dfam", "--device", "cpu",
+        "eval", "--cache", tiny_cache, "--runs", runs, "--run", "first", "--rules", "ris,dfam", "--device", "cpu",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    return tiny_runs
+    return runs
 
 
 def samples_of(runs: Path) -> SampleTable:

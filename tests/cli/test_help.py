@@ -106,6 +106,9 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "predict": ("--image", "--text", "--out", "--category", "--run", "--sam-weights", "--json"),
     "runs list": ("--runs", "--json"),
     "runs show": ("--runs", "--tail", "--json"),
+    "config show": ("--cache", "--recipe", "--config", "--set", "--json"),
+    "config schema": (),
+    "config recipes": ("--json",),
     "params": ("--preset", "--json"),
     "doctor": ("--data", "--cache", "--json"),
     "demo": ("--out", "--train", "--steps", "--seed"),
@@ -128,7 +131,7 @@ print(json.dumps({"shown": shown, "torch": "torch" in sys.modules}))
 @pytest.fixture(scope="module")
 def asked() -> dict[str, Any]:
     """Exit code, stdout and stderr of each command's help, and whether torch was loaded by then."""
-    commands = json.dumps(["", "data", "cache", "runs", *OPTIONS])
+    commands = json.dumps(["", "data", "cache", "runs", "config", *OPTIONS])
     finished = subprocess.run(
         [sys.executable, "-c", PROGRAM, commands], capture_output=True, text=True, check=True
     )
@@ -146,7 +149,7 @@ def test_no_help_loads_torch(asked: dict[str, Any]) -> None:
     assert asked["torch"] is False
 
 
-@pytest.mark.parametrize("command", ["", "data", "cache", "runs", *OPTIONS])
+@pytest.mark.parametrize("command", ["", "data", "cache", "runs", "config", *OPTIONS])
 def test_help_succeeds_on_stdout(shown: dict[str, tuple[int, str, str]], command: str) -> None:
     exit_code, stdout, stderr = shown[command]
     assert exit_code == 0

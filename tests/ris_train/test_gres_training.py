@@ -22,7 +22,7 @@ from ris_train.predict import predict
 from ris_train.pretrained import RISModel
 from ris_train.run import RunDirectory
 from ris_train.scoring import Scores
-from ris_train.trainer import train
+from ris_train.training import train
 from ris_train.validation import Validation
 
 CPU = torch.device("cpu")

@@ -31,7 +31,7 @@ def run(
 ) -> RunDirectory:
     """A copy of the trained run, evaluated on testA."""
     path = tmp_path_factory.mktemp("shared") / "first"
-    shutil.copytree(tiny_runs / "first", path)
+    shutil.copytree(tiny_runs / "first", path, ignore=shutil.ignore_patterns("eval"))
     options = ("--split", "refcoco:testA", "--rules", "ris,lavt", "--device", "cpu")
     result = ris("eval", "--cache", tiny_cache, "--runs", path.parent, "--run", "first", *options)
     assert result.exit_code == 0, result.output

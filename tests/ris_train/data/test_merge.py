@@ -26,7 +26,7 @@ from ris_train.data.merge import (
     split_overrides,
 )
 from ris_train.data.samples import load_samples
-from ris_train.trainer import train
+from ris_train.training import train
 
 TABLES = ("refcoco.unc", "refcoco+.unc", "refcocog.umd", "refcocog.google", "grefcoco.unc", "custom.drawn")
 THREE = "refcoco:train,refcoco+:train,refcocog:train"

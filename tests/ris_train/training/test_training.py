@@ -10,7 +10,6 @@ import torch
 
 from ris_cache import FeatureCache
 from ris_cache.datasets import parse_selections
-from ris_cache.errors import NonFiniteError
 from ris_train.config import RunConfig, load_config
 from ris_train.data.batch import BatchBuilder
 from ris_train.data.masks import TargetMasks
@@ -18,14 +17,14 @@ from ris_train.data.samples import load_samples
 from ris_train.data.text import Tokenizer
 from ris_train.losses import total_loss
 from ris_train.optim import build_optimiser
-from ris_train.trainer import _require_finite, build_model, train
+from ris_train.training import build_model, train
 
 CPU = torch.device("cpu")
 
 # Total loss of ten steps of four expressions on the drawn data of seed 3, seed 0. It changes with the model, the
 # losses, the order of samples (which follows from the cache's fingerprint) or the random draws; change it only with
 # the reason in the commit.
-PINNED_LOSSES = [38.108, 39.115, 39.289, 38.587, 38.272, 36.928, 37.237, 34.434, 33.100, 33.788]
+PINNED_LOSSES = [39.031, 38.654, 38.416, 37.662, 37.651, 36.122, 34.984, 34.315, 35.034, 35.474]
 
 
 @pytest.fixture(autouse=True)
@@ -104,15 +103,6 @@ def test_degenerate_targets_are_left_out_of_training_and_counted(tiny_cache, tmp
     config = _config("train.steps=1", "train.batch_size=2", "train.val_samples=2")
     report = train(tiny_cache, config, tmp_path / "run", device=CPU, random_seed=0)
     assert report.training_set.left_out == 1
-
-
-def test_a_number_that_breaks_names_the_step_the_term_and_the_samples(tiny_cache):
-    _, batch = _one_batch(tiny_cache, _config(), size=2)
-    values = {"loss": float("nan"), "mask_dice": 0.5, "dfam_vl": float("inf")}
-    with pytest.raises(NonFiniteError) as caught:
-        _require_finite(values, 7, batch)
-    assert "Step 7: loss, dfam_vl" in str(caught.value)
-    assert str([sample.sent_id for sample in batch.samples]) in str(caught.value)
 
 
 def test_the_order_of_the_best_checkpoint_is_by_overall_iou(tiny_runs):

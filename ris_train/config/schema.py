@@ -1,22 +1,10 @@
-"""The whole configuration of a training run, typed, checked at once, and saved with every output.
-
-Precedence: defaults < recipe or `--config FILE` < `--set section.key=value`. Unknown keys are errors.
-Recipes are YAML files beside this module, named after the preset of the cache they suit.
-"""
+"""The schema: every setting of a training run, typed, with its default and its bounds."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from ris_cache.errors import ConfigError
-
-RECIPE_DIR = Path(__file__).parent / "recipes"
+from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -59,10 +47,24 @@ class ModelConfig(_Section):
         no_target_head: whether the model judges if an expression refers to anything at all (supplement
             Eq. 1). Expressions that refer to nothing are trained on with it, and left out without it. They
             have no category, so it goes with `cls`.
+        sparse_prompt_ffn: whether a feed-forward block of `ffn_dim` follows the sparse prompt's attention.
+        sparse_prompt_padding: whether the sparse prompt's attention reads padding as if it were words.
+        dense_prompt_resize: how the pixel decoder's output is brought to SAM's grid.
+        num_queries: of DFAM.
+        num_heads: of attention, in DFAM, the pixel decoder and the sparse prompt.
+        ffn_dim: hidden width of the feed-forward blocks.
+        pixel_decoder_layers: of deformable attention.
+        num_deformable_points: points that each of its heads reads of each level.
+        norm_groups: of the pixel decoder's group norms.
+        max_tokens: word pieces that an expression is cut to, [CLS] and [SEP] among them.
+        bert: the language model.
     """
 
     sparse_prompt: Literal["category", "cls"] = "category"
     no_target_head: bool = False
+    sparse_prompt_ffn: bool = False
+    sparse_prompt_padding: bool = False
+    dense_prompt_resize: Literal["bilinear", "bicubic"] = "bilinear"
     num_queries: Positive = 100
     num_heads: Positive = 8
     ffn_dim: Positive = 1024
@@ -77,14 +79,20 @@ class LossConfig(_Section):
     """Weights λ of the losses (supplement, "Implementations") and how their points are drawn.
 
     Attributes:
+        mask_dice, mask_bce: λ_Dice and λ_BCE of M_SAM.
+        dfam: λ_DFAM of all that DFAM is compared by.
+        dfam_dice, dfam_bce, dfam_vl: λ_Dice,l, λ_BCE,l and λ_VL,l of each of its layers.
         no_target: λ_nt of the no-target head's cross-entropy (supplement Eq. 2).
         no_target_weights: weights of its two classes: refers to something, refers to nothing.
         mask_size: side of the square grid on which M_SAM is compared with its target.
         num_points: points per mask for matching and DFAM's losses.
         oversample: candidates drawn per point before the most uncertain are kept (PointRend).
         importance_ratio: share of the points chosen by uncertainty.
+        mask_average: what the losses of M_SAM are averaged over: the samples with a target, or all of them,
+            where one without a target adds nothing but counts.
         vl_exclude: pairs of expressions that are not counted as negatives: those of the same referent or of
-            overlapping targets in one image, or in addition those of the same category.
+            overlapping targets in one image (`referent`), in addition those of the same category
+            (`category`), or none at all (`none`).
     """
 
     mask_dice: float = 2.0
@@ -99,7 +107,8 @@ class LossConfig(_Section):
     num_points: Positive = 12544
     oversample: Annotated[float, Field(ge=1)] = 3.0
     importance_ratio: Share = 0.75
-    vl_exclude: Literal["referent", "category"] = "referent"
+    mask_average: Literal["targeted", "all"] = "targeted"
+    vl_exclude: Literal["referent", "category", "none"] = "referent"
 
 
 class DataConfig(_Section):
@@ -126,129 +135,71 @@ class DataConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """The optimiser, its schedule, and when to look.
+    """The optimiser, its schedule, how it computes, and when to look.
 
     Attributes:
+        steps: of the optimiser.
+        batch_size: expressions of one optimiser step, over all ranks and accumulation steps.
+        accumulate: parts that a batch is computed in, one after another; less memory, the same step.
+        lr: learning rate of AdamW after the warm-up.
+        weight_decay: of weights and biases; norms and embeddings have none.
+        clip_grad_norm: bound on the gradients' norm over all that trains.
         milestones: shares of `steps` at which the learning rate is multiplied by 0.1.
+        warmup_steps: over which the rate rises from 0 in a line.
+        bert_layers: layers of BERT that train, counted from its input, or `all`; the others stay frozen.
+        bert_embeddings: whether BERT's embeddings train.
+        precision: of the forward and backward pass; weights, losses and the optimiser stay in fp32.
+        compile: whether `torch.compile` compiles the model.
+        deterministic: whether operations that may differ from run to run are refused.
+        expressions_per_image: expressions of one image that follow each other in the order of samples, so
+            that what depends on the image alone is read and computed once for them.
+        overfit: train and evaluate on the first so many usable expressions alone; null for the selections.
         eval_every: steps between evaluations of `data.val`; the last step always evaluates.
         val_samples: at most so many expressions, evenly spread, in those evaluations; null for all.
+        checkpoint_every: steps between the states that a run can be resumed from; null for each evaluation.
+        keep_last: how many of those states are kept.
+        log_every: steps between lines of the log.
+        trackers: where the log goes besides its own file: `tensorboard`, `wandb`, `trackio`.
+        seed: of everything that is drawn: the new weights, the order of samples, dropout, points.
     """
 
     steps: Positive = 100_000
     batch_size: Positive = 32
+    accumulate: Positive = 1
     lr: PositiveRate = 5e-5
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     clip_grad_norm: PositiveRate = 0.01
     milestones: tuple[Share, ...] = (0.6, 0.9)
     warmup_steps: NonNegative = 0
+    bert_layers: Literal["all"] | NonNegative = "all"
+    bert_embeddings: bool = True
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    deterministic: bool = False
+    expressions_per_image: Positive = 1
+    overfit: Positive | None = None
     eval_every: Positive = 5_000
     val_samples: Positive | None = None
+    checkpoint_every: Positive | None = None
+    keep_last: Positive = 2
     log_every: Positive = 50
+    trackers: tuple[str, ...] = ()
     seed: NonNegative = 0
 
 
 class RunConfig(_Section):
-    """Everything that decides what a training run computes."""
+    """Everything that decides what a training run computes.
+
+    Attributes:
+        recipe: the shipped recipe that the other settings started from.
+        model: sizes and switches of the model.
+        loss: weights of the losses, and how they are taken.
+        data: which expressions are read.
+        train: the optimiser, its schedule, how it computes, and when to look.
+    """
 
     recipe: str = "paper"
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
-
-
-def recipes() -> dict[str, Path]:
-    """Name and file of each recipe that ships."""
-    paths = {path.stem: path for path in RECIPE_DIR.glob("*.yaml")}
-    return {name: paths[name] for name in sorted(paths)}
-
-
-def load_config(*, recipe: str, config_path: Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:
-    """Resolve the configuration.
-
-    Args:
-        recipe: name of a shipped recipe to start from.
-        config_path: YAML file laid over the recipe.
-        overrides: `section.key=value` strings, the value in YAML, laid over both.
-
-    Raises:
-        ConfigError: a file that is missing or not YAML, an unknown key (with the nearest known one), or a
-            value of the wrong kind; every problem is named.
-    """
-    known = recipes()
-    if recipe not in known:
-        raise ConfigError(f"No recipe is called {recipe!r}; there are {', '.join(known)}.", recipe=recipe)
-    tree = _read_yaml(known[recipe])
-    if config_path is not None:
-        _merge(tree, _read_yaml(config_path))
-    for override in overrides:
-        _merge(tree, _parse_override(override))
-    return parse_config(tree | {"recipe": recipe}, origin=str(config_path or f"recipe {recipe}"))
-
-
-def parse_config(tree: Mapping[str, Any], *, origin: str) -> RunConfig:
-    """Check a tree of plain values; `origin` names it in errors.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
-    try:
-        return RunConfig.model_validate(dict(tree))
-    except ValidationError as error:
-        lines = [_describe(problem) for problem in error.errors()]
-        raise ConfigError(
-            f"The configuration ({origin}) has {len(lines)} problem(s):\n  " + "\n  ".join(lines),
-            problems=lines,
-        ) from error
-
-
-def _describe(problem: Any) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] != "extra_forbidden":
-        return f"{path}: {problem['msg']} (found {problem['input']!r})"
-    section: type[BaseModel] = RunConfig
-    for part in problem["loc"][:-1]:
-        section = section.model_fields[str(part)].annotation  # type: ignore[assignment]
-    known = list(section.model_fields)
-    nearest = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
-    return f"{path}: unknown key; {hint}"
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"Configuration file {path} cannot be read: {error.strerror}.", path=path
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Configuration file {path} is not YAML: {error}", path=path) from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"Configuration file {path} must hold sections, not {tree!r}.", path=path)
-    return tree
-
-
-def _parse_override(text: str) -> dict[str, Any]:
-    key, separator, value = text.partition("=")
-    if not separator or not key.strip():
-        raise ConfigError(f"--set takes section.key=value, not {text!r}.", override=text)
-    try:
-        leaf: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"The value of --set {text!r} is not YAML: {error}", override=text) from error
-    for part in reversed(key.strip().split(".")):
-        leaf = {part: leaf}
-    assert isinstance(leaf, dict)
-    return leaf
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
-    """Lay `over` on `base` in place, section by section."""
-    for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
-            _merge(base[key], value)
-        else:
-            base[key] = value

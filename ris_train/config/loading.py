@@ -1,0 +1,196 @@
+"""Resolving a configuration from its layers, each value with its origin, and the errors of a wrong one.
+
+Precedence: defaults < recipe < `--config FILE` < environment < `--set section.key=value`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import yaml
+from pydantic import ValidationError
+
+from ris_cache.errors import ConfigError
+from ris_train.config.keys import from_environment, leaves, nearest_key, section_of
+from ris_train.config.recipes import EXTENDS, read_yaml, recipe_layers
+from ris_train.config.schema import RunConfig
+
+DEFAULT: Final = "default"
+NO_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedConfig:
+    """A configuration that knows where its values are from.
+
+    Attributes:
+        origins: by dotted key: `default`, `recipe NAME`, `file PATH`, the name of a variable, or `--set`.
+    """
+
+    config: RunConfig
+    origins: Mapping[str, str]
+
+    def settings(self) -> list[tuple[str, Any, str]]:
+        """Dotted key, plain value and origin of each setting, in the order of the schema."""
+        tree = self.config.model_dump(mode="json", exclude={"recipe"})
+        return [(key, value, self.origins[key]) for key, value in leaves(tree)]
+
+
+def load_config(
+    *,
+    recipe: str,
+    config_path: Path | None = None,
+    environment: Mapping[str, str] = NO_ENVIRONMENT,
+    overrides: Iterable[str] = (),
+) -> RunConfig:
+    """Resolve the configuration; see `resolve_config`."""
+    return resolve_config(
+        recipe=recipe, config_path=config_path, environment=environment, overrides=overrides
+    ).config
+
+
+def resolve_config(
+    *,
+    recipe: str,
+    config_path: Path | None = None,
+    environment: Mapping[str, str] = NO_ENVIRONMENT,
+    overrides: Iterable[str] = (),
+) -> ResolvedConfig:
+    """Lay the layers over each other and check the whole.
+
+    Args:
+        recipe: name of a shipped recipe to start from.
+        config_path: YAML file laid over the recipe.
+        environment: variables such as `RIS_TRAIN__LR`, laid over the file; none by default, so that a
+            program's configuration is what it says.
+        overrides: `section.key=value` strings, the value in YAML, laid over everything.
+
+    Raises:
+        ConfigError: a file that is missing or not YAML, an unknown key or variable (with the nearest known
+            one), or a value of the wrong kind; every problem is named.
+    """
+    layers = [(f"recipe {name}", tree) for name, tree in recipe_layers(recipe)]
+    if config_path is not None:
+        layers.append((f"file {config_path}", _read_file(config_path)))
+    for key, (name, value) in from_environment(environment).items():
+        layers.append((name, _nested(key, _parse_value(value, name))))
+    layers += [("--set", _parse_override(override)) for override in overrides]
+    tree: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        _merge(tree, layer, origin, origins)
+    name = str(config_path or f"recipe {recipe}")
+    config = _validate(tree | {"recipe": recipe}, name, origins)
+    keys = [key for key, _ in leaves(config.model_dump(mode="json", exclude={"recipe"}))]
+    return ResolvedConfig(config=config, origins={key: origins.get(key, DEFAULT) for key in keys})
+
+
+def parse_config(tree: Mapping[str, Any], *, origin: str) -> RunConfig:
+    """Check a tree of plain values; `origin` names it in errors.
+
+    Raises:
+        ConfigError: as `resolve_config`.
+    """
+    return _validate(tree, origin, {})
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    tree = read_yaml(path)
+    if EXTENDS in tree:
+        raise ConfigError(
+            f"Configuration file {path} names a recipe by {EXTENDS!r}, as recipes do that ship. Leave the "
+            f"line out and choose the recipe by --recipe {tree[EXTENDS]}.",
+            path=path,
+        )
+    return tree
+
+
+def _validate(tree: Mapping[str, Any], name: str, origins: Mapping[str, str]) -> RunConfig:
+    try:
+        return RunConfig.model_validate(dict(tree))
+    except ValidationError as error:
+        lines = _problems(error, origins)
+        raise ConfigError(
+            f"The configuration ({name}) has {len(lines)} problem(s):\n  " + "\n  ".join(lines),
+            problems=lines,
+        ) from error
+
+
+def _problems(error: ValidationError, origins: Mapping[str, str]) -> list[str]:
+    """One line for each wrong value, however many ways there were to get it right."""
+    messages: dict[str, list[str]] = {}
+    endings: dict[str, str] = {}
+    for problem in error.errors():
+        parts = _key_parts(problem["loc"])
+        path = ".".join(map(str, parts))
+        is_unknown = problem["type"] == "extra_forbidden"
+        message = f"unknown key; {nearest_key(parts)}" if is_unknown else problem["msg"]
+        messages.setdefault(path, []).append(message)
+        endings[path] = "" if is_unknown else f" (found {problem['input']!r})"
+        key = next((key for key in origins if key == path or path.startswith(f"{key}.")), None)
+        endings[path] += f", from {origins[key]}" if key is not None else ""
+    return [f"{path}: {', or: '.join(found)}{endings[path]}" for path, found in messages.items()]
+
+
+def _key_parts(location: tuple[int | str, ...]) -> list[int | str]:
+    """Leave out what pydantic adds to name the member of a union; positions in a list stay."""
+    parts: list[int | str] = []
+    for part in location:
+        if isinstance(part, int) or section_of(parts) is not None:
+            parts.append(part)
+    return parts
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, separator, value = text.partition("=")
+    key = key.strip()
+    if not separator or not key:
+        raise ConfigError(f"--set takes section.key=value, not {text!r}.", override=text)
+    if key == "recipe":
+        raise ConfigError(f"A recipe is chosen by --recipe, not by --set {text}.", override=text)
+    return _nested(key, _parse_value(value, f"--set {text!r}"))
+
+
+def _parse_value(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The value of {source} is not YAML: {error}", source=source) from error
+
+
+def _nested(key: str, leaf: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        leaf = {part: leaf}
+    assert isinstance(leaf, dict)
+    return leaf
+
+
+def _merge(
+    base: dict[str, Any],
+    over: Mapping[str, Any],
+    origin: str,
+    origins: dict[str, str],
+    path: tuple[str, ...] = (),
+) -> None:
+    """Lay `over` on `base` in place, section by section, and note where each value is from.
+
+    A section without settings, as where all of them are commented out, changes nothing.
+    """
+    for key, value in over.items():
+        inner = (*path, key)
+        if isinstance(value, Mapping):
+            section = base.setdefault(key, {})
+            base[key] = section if isinstance(section, dict) else {}
+            _merge(base[key], value, origin, origins, inner)
+        elif section_of(inner) is None:
+            base[key] = value
+            origins[".".join(map(str, inner))] = origin
+        elif value is not None:
+            name = ".".join(inner)
+            raise ConfigError(
+                f"{name} ({origin}) is a section, set by {name}.KEY, and cannot be {value!r}.", key=name
+            )

@@ -1,0 +1,102 @@
+"""The way into training: a new run, or one that goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ris_train.config import RunConfig
+from ris_train.ranks import Ranks, join_ranks
+from ris_train.run import RunDirectory
+from ris_train.training.loop import Loop, TrainingReport
+from ris_train.training.progress import Progress, Silent
+from ris_train.training.randomness import deterministic
+from ris_train.training.resume import ResumePoint, find_resume_point, require_same_features
+from ris_train.training.setup import Setup, prepare
+from ris_train.training.state import discard_later, read_state
+
+
+def train(
+    cache_root: Path,
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    device: torch.device,
+    random_seed: int | None,
+    resume: bool = False,
+    from_state: Path | None = None,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainingReport:
+    """Train by the configuration and keep the best and the last checkpoint.
+
+    On the CPU a run that is stopped at any instant and resumed ends with the very weights and metrics of one
+    that never stopped.
+
+    Args:
+        cache_root: a cache directory; nothing else is read but BERT's weights.
+        config: the whole configuration.
+        run_dir: where the run's files go; must not hold a run, unless it is resumed.
+        device: where the model trains.
+        random_seed: seed of random BERT weights, if those were asked for; None loads real ones.
+        resume: go on with the run that `run_dir` holds.
+        from_state: one of its states; the latest whole one by default. Later ones are dropped.
+        progress: is told how training goes.
+        should_stop: asked after each step; on true the state is saved and the run ends.
+
+    Raises:
+        CacheError: the cache cannot be used, or lacks the selections.
+        WeightsError: BERT's weights are missing.
+        ConfigError: there is a run already; or it cannot go on with this configuration.
+        CheckpointError: no whole state to go on from.
+        NonFiniteError: the loss or a gradient is no number any more; names the step and the samples.
+        DiskFullError: no space for a checkpoint; the earlier ones are whole.
+        StoppedError: `should_stop` said so; names how to go on.
+        RankError: another process of the run ended.
+    """
+    ranks = join_ranks(device)
+    told = progress if progress is not None and ranks.is_main else Silent()
+    # Rank 0 looked first: the others may find the files that it has made since.
+    run_dir, resume, from_state = ranks.from_main((run_dir, resume, from_state))
+    run = RunDirectory(run_dir)
+    with deterministic(ranks.device, is_wanted=config.train.deterministic):
+        point = _resume_point(run, config, ranks, from_state, told) if resume else None
+        setup = prepare(
+            cache_root, config, ranks, random_seed=random_seed, resumed=point.metadata if point else None
+        )
+        if point is not None:
+            require_same_features(point.metadata, setup.cache.fingerprint.digest, run)
+        if ranks.is_main:
+            _open_files(run, setup, point, told, is_resumed=resume)
+        ranks.collect(None)  # nobody goes on before the files are there
+        return Loop(setup, run, point, told, should_stop).run_to_end()
+
+
+def _resume_point(
+    run: RunDirectory, config: RunConfig, ranks: Ranks, chosen: Path | None, told: Progress
+) -> ResumePoint | None:
+    """Find the state to go on from; rank 0 chooses it, so that all take the same."""
+    point = find_resume_point(run, config, chosen=chosen, say=told.say) if ranks.is_main else None
+    path = ranks.from_main(None if point is None else point.path)
+    if ranks.is_main or path is None:
+        return point
+    state, metadata = read_state(path)
+    return ResumePoint(path=path, state=state, metadata=metadata)
+
+
+def _open_files(
+    run: RunDirectory, setup: Setup, point: ResumePoint | None, told: Progress, *, is_resumed: bool
+) -> None:
+    """Make the run's files, or cut them back to where it goes on."""
+    if is_resumed:
+        if point is not None:
+            for path in discard_later(run, point.state.step):
+                told.say(f"left behind: {path}")
+        run.truncate_metrics(0 if point is None else point.state.metrics_bytes)
+        run.write_config(setup.config)
+    else:
+        RunDirectory.create(run.path, setup.config, facts=setup.facts())
+    if not run.tokenizer_dir.is_dir() or point is None:
+        setup.tokenizer.save(run.tokenizer_dir)

@@ -1,0 +1,163 @@
+"""`ris train` as a process: killed, signalled, resumed, planned."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+STEPS = 12
+SETTINGS = (
+    "train.batch_size=4", "train.eval_every=4", "train.checkpoint_every=2", "train.log_every=3",
+    "train.val_samples=2", "model.bert.dropout=0.1", "loss.num_points=16", "loss.mask_size=32",
+)  # fmt: skip
+
+
+def command(cache: Path, runs: Path, name: str, *more: object) -> list[str]:
+    """One `ris train` of a few steps on one thread."""
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    arguments = [
+        "train",
+        "--cache",
+        cache,
+        "--runs",
+        runs,
+        "--run",
+        name,
+        "--random-weights",
+        "--device",
+        "cpu",
+    ]
+    return [sys.executable, "-m", "cli", *map(str, arguments), *settings, *map(str, more)]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def last_step(run: Path) -> int:
+    """Step of the latest state, -1 before the first."""
+    steps = [int(path.name.removeprefix("state-")) for path in run.glob("checkpoints/state-*")]
+    return max(steps, default=-1)
+
+
+def kill_at(arguments: list[str], run: Path, step: int, delay: float) -> None:
+    """Kill the process a moment after it has saved the state of a step."""
+    process = start(arguments)
+    while last_step(run) < step:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def lines(run: Path) -> list[dict[str, object]]:
+    """Lines of the metrics but for the wall clock."""
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in found]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_cache) -> Path:
+    runs = tmp_path_factory.mktemp("uninterrupted")
+    process = start(command(tiny_cache, runs, "whole", "--max-steps", STEPS))
+    assert process.communicate()[0] is not None
+    assert process.returncode == 0
+    return runs / "whole"
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [pytest.param(3), pytest.param(10, marks=pytest.mark.exhaustive)],
+    ids=["three-times", "ten-times"],
+)
+def test_a_run_killed_at_random_ends_like_one_that_was_not(tiny_cache, tmp_path, uninterrupted, kills):
+    chance = random.Random(kills)
+    arguments = command(tiny_cache, tmp_path, "killed", "--max-steps", STEPS)
+    run = tmp_path / "killed"
+    for step in sorted(chance.choices(range(STEPS - 2), k=kills)):
+        kill_at(arguments, run, step, chance.uniform(0, 0.15))
+    process = start(arguments)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert lines(run) == lines(uninterrupted)
+    for name in ("best", "last"):
+        one, other = (
+            load_file(path / "checkpoints" / f"{name}.safetensors") for path in (run, uninterrupted)
+        )
+        assert one.keys() == other.keys()
+        assert all((one[key] == other[key]).all() for key in one)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)],
+    ids=["SIGTERM", "SIGUSR1"],
+)
+def test_a_signal_saves_the_state_and_says_how_to_go_on(tiny_cache, tmp_path, number, code):
+    arguments = command(tiny_cache, tmp_path, "stopped", "--max-steps", 100_000)
+    process = start(arguments)
+    while last_step(tmp_path / "stopped") < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == code
+    assert "ris train --run stopped" in errors
+    assert f"after step {last_step(tmp_path / 'stopped')} of 100000" in errors
+
+
+def test_a_finished_run_says_so(ris, tiny_cache, uninterrupted):
+    result = ris(*command(tiny_cache, uninterrupted.parent, "whole", "--max-steps", STEPS)[3:], "--json")
+    assert result.exit_code == 0, result.output
+    assert f"is finished: it has taken all {STEPS} steps" in result.stderr
+    assert json.loads(result.stdout)["run"] == str(uninterrupted)
+
+
+def test_never_refuses_a_run_that_is_there(ris, tiny_cache, uninterrupted):
+    result = ris(*command(tiny_cache, uninterrupted.parent, "whole", "--resume", "never")[3:])
+    assert result.exit_code == 2
+    assert "holds a run already" in result.stderr
+
+
+def test_a_path_that_is_no_run_is_refused(ris, tiny_cache, tmp_path):
+    result = ris("train", "--cache", tiny_cache, "--random-weights", "--resume", tmp_path)
+    assert result.exit_code == 3
+    assert "neither a run nor a state of one" in result.stderr
+
+
+def test_a_run_goes_on_by_its_path_with_its_own_configuration(ris, tiny_cache, uninterrupted):
+    """No settings are repeated; what is set on top may only be what may change."""
+    base = ("train", "--cache", tiny_cache, "--device", "cpu", "--resume", uninterrupted)
+    assert "is finished" in ris(*base).stderr
+    refused = ris(*base, "--set", "train.lr=3")
+    assert refused.exit_code == 2
+    assert "train.lr was 0.001, is 3.0" in refused.stderr
+
+
+def test_a_dry_run_writes_nothing_and_says_what_trains(ris, tiny_cache, tmp_path):
+    arguments = command(tiny_cache, tmp_path, "none", "--max-steps", 50, "--overfit", 3, "--dry-run")[3:]
+    result = ris(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert (plan["num_samples"], plan["val_size"], plan["steps"]) == (3, 3, 50)
+    assert plan["epochs"] == pytest.approx(50 * 4 / 3)
+    assert plan["trained"]["language"] > 0
+    assert plan["frozen"]["mask_decoder"] > 0
+    assert plan["memory_bytes"]["gradients"] == 4 * sum(plan["trained"].values())
+    assert plan["memory_bytes"]["activations"] > 4 * 64 * 64
+    assert not list(tmp_path.iterdir())
+    shown = ris(*arguments)
+    assert "What trains" in shown.stdout

@@ -1,0 +1,191 @@
+"""Several processes compute what one does, and end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ris_cache import FeatureCache
+from ris_train.checkpoint import load_checkpoint
+from ris_train.data.text import Tokenizer
+from ris_train.ranks import Ranks
+from ris_train.validation import Validation
+
+SETTINGS = (
+    "train.batch_size=5", "train.eval_every=10", "train.log_every=1", "train.val_samples=6",
+    "train.warmup_steps=0", "loss.num_points=32", "loss.mask_size=32",
+)  # fmt: skip
+
+
+def torchrun(processes: int, *arguments: object) -> subprocess.Popen[str]:
+    """Start processes on this machine, one thread each."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return subprocess.Popen(
+        [*launcher, str(processes), *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def train(processes: int, cache: Path, runs: Path, steps: int) -> subprocess.Popen[str]:
+    settings = [part for setting in SETTINGS for part in ("--set", setting)]
+    return torchrun(
+        processes, "-m", "--", "cli", "train", "--cache", cache, "--runs", runs, "--run", processes,
+        "--random-weights", "--device", "cpu", "--max-steps", steps, "--json", *settings,
+    )  # fmt: skip
+
+
+def logged(runs: Path, name: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+
+
+TWENTY_STEPS = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from ris_train.config import load_config
+from ris_train.optim import build_optimiser, set_rate
+from ris_train.ranks import join_ranks
+from ris_train.training.randomness import seed_step
+from ris_train.training.setup import prepare
+from ris_train.training.step import StepComputer
+
+cache, out, *overrides = sys.argv[1:]
+config = load_config(recipe="tiny", overrides=overrides)
+ranks = join_ranks(torch.device("cpu"))
+setup = prepare(Path(cache), config, ranks, random_seed=0)
+model = setup.model.double().train()
+torch.set_default_dtype(torch.float64)
+for module in model.modules():  # SAM computes positions in float32, whatever it is in
+    if hasattr(module, "positional_encoding_gaussian_matrix"):
+        module.float()
+
+def double(values):
+    names = values.__dataclass_fields__
+    tensors = {name: getattr(values, name) for name in names}
+    wide = {n: t.double() for n, t in tensors.items() if t is not None and t.is_floating_point()}
+    return replace(values, **wide)
+
+optimiser, computer = build_optimiser(model, config.train), StepComputer(model, config, ranks)
+losses = []
+for batch, step in zip(setup.batches(0, 1), range(1, 21)):
+    parts = tuple(replace(p, inputs=double(p.inputs), targets=double(p.targets)) for p in batch.parts)
+    seed_step(0, step)
+    set_rate(optimiser, step - 1, config.train)
+    losses.append(computer.gradients(replace(batch, parts=parts))["loss"])
+    optimiser.step()
+if ranks.is_main:
+    save_file(model.state_dict(), out + ".safetensors")
+    Path(out + ".json").write_text(json.dumps([ranks.world, losses]))
+"""
+
+
+def test_one_and_two_processes_come_to_the_same_losses_and_weights_after_twenty_steps(tiny_cache, tmp_path):
+    """In float64. A batch of 5 is cut into 2 and 3, one of them in two parts; all 5 expressions are compared.
+
+    In float32 they agree as long as no choice among nearly equal things (a matched query, a point, a cell
+    that a query may look at) falls the other way, which sums rounded in another order bring about in time.
+    """
+    script = tmp_path / "steps.py"
+    script.write_text(TWENTY_STEPS)
+    running = [
+        torchrun(processes, script, tiny_cache, tmp_path / str(processes), *SETTINGS, *more)
+        for processes, more in ((1, ()), (2, ("train.accumulate=2",)))
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    (world, losses), (others_world, others) = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in "12"
+    )
+    assert (world, others_world, len(losses)) == (1, 2, 20)
+    assert others == pytest.approx(losses, rel=1e-5)
+    assert losses[-1] < losses[0]
+    one, two = (load_file(tmp_path / f"{name}.safetensors") for name in "12")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_one_process_of_several_writes_and_speaks(tiny_cache, tmp_path):
+    process = train(2, tiny_cache, tmp_path, steps=2)
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    assert json.loads(output)["run"] == str(tmp_path / "2")
+    assert [line["step"] for line in logged(tmp_path, "2")] == [1, 2, 2]
+    assert json.loads((tmp_path / "2" / "env.json").read_text())["processes"] == 2
+
+
+SCORE = """
+import sys, json, torch
+from pathlib import Path
+from ris_cache import FeatureCache
+from ris_train.checkpoint import load_checkpoint
+from ris_train.data.text import Tokenizer
+from ris_train.ranks import join_ranks
+from ris_train.validation import Validation
+cpu = torch.device("cpu")
+ranks = join_ranks(cpu)
+model, metadata = load_checkpoint(Path(sys.argv[2]), device=cpu)
+config = metadata.config
+tokenizer = Tokenizer.load(config.model.bert, config.model.max_tokens)
+scores = Validation(FeatureCache.open(Path(sys.argv[1])), tokenizer, config, cpu).score(model, ranks)
+if ranks.is_main:
+    print(json.dumps([ranks.world, scores.num_samples, scores.values]))
+"""
+
+
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.exhaustive), 3])
+def test_several_processes_score_what_one_does_to_the_last_digit(tiny_cache, tiny_runs, tmp_path, processes):
+    script = tmp_path / "score.py"
+    script.write_text(SCORE)
+    checkpoint = tiny_runs / "first" / "checkpoints" / "best.safetensors"
+    process = torchrun(processes, script, tiny_cache, checkpoint)
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    cpu = torch.device("cpu")
+    model, metadata = load_checkpoint(checkpoint, device=cpu)
+    tokenizer = Tokenizer.load(metadata.config.model.bert, metadata.config.model.max_tokens)
+    expected = Validation(FeatureCache.open(tiny_cache), tokenizer, metadata.config, cpu).score(model)
+    assert json.loads(output) == [processes, expected.num_samples, expected.values]
+
+
+def test_killing_one_process_ends_the_others_with_a_message(tiny_cache, tmp_path):
+    process = train(2, tiny_cache, tmp_path, steps=100_000)
+    try:
+        while not (tmp_path / "2" / "checkpoints" / "state-10").is_dir():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = [int(child) for child in children if b"cli" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+        began = time.monotonic()
+        _, errors = process.communicate(timeout=60)
+        assert time.monotonic() - began < 30
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert "Another process of this training ended" in errors
+    assert not any(Path(f"/proc/{child}").exists() for child in ranks)
+
+
+@pytest.mark.parametrize(("count", "world"), [(5, 2), (7, 3), (3, 3), (1, 1)])
+def test_slices_are_the_batch_in_order_and_differ_by_one_at_most(count, world):
+    slices = [Ranks(rank, world, torch.device("cpu")).slice_of(count) for rank in range(world)]
+    assert [position for part in slices for position in part] == list(range(count))
+    assert max(map(len, slices)) - min(map(len, slices)) <= 1
