@@ -101,13 +101,19 @@ class TrainingSet:
 
 
 def load_training_set(
-    cache: FeatureCache, selection: str, *, text: str, leakage: Leakage, with_no_target: bool
+    cache: FeatureCache,
+    selection: str,
+    *,
+    text: str,
+    leakage: Leakage,
+    with_no_target: bool,
+    val: str | None = None,
 ) -> TrainingSet:
     """Load one split, or merge several.
 
     One dataset is taken as it is; images that its own validation and test splits hold as well, as those of
-    google do, are counted. Of several, expressions on images that any validation or test split of the cache
-    holds are left out.
+    google do, are counted, and those that the dataset of `val` evaluates on. Of several, expressions on
+    images that any validation or test split of the cache holds are left out.
 
     Args:
         cache: holds every dataset of the selection.
@@ -115,6 +121,7 @@ def load_training_set(
         text: `raw` or `sent`.
         leakage: `keep` trains on those images all the same, and counts them.
         with_no_target: whether expressions that refer to nothing are trained on.
+        val: the split that chooses the best checkpoint, if that is to be looked at.
 
     Raises:
         CacheMissError: the cache lacks a selection; or, of a merged dataset, a split that decides what leaks.
@@ -127,7 +134,10 @@ def load_training_set(
     if is_filtered:
         _require_no_object_partition(selections)
         _require_evaluation_splits(cache, sorted(tables))
-    evaluated = evaluation_images(cache, selections, cache.manifest.datasets if is_merge else tables)
+    looked_at = set(cache.manifest.datasets) if is_merge else set(tables)
+    if val is not None:
+        looked_at.add(require_one_split(val, "data.val").table_name)
+    evaluated = evaluation_images(cache, selections, looked_at)
     leaking = {image_id for image_ids in evaluated.values() for image_id in image_ids}
     samples: list[Sample] = []
     parts = []

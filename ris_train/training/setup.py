@@ -156,6 +156,7 @@ def load_usable(cache: FeatureCache, config: RunConfig) -> TrainingSet:
         text=config.data.text,
         leakage=config.data.leakage,
         with_no_target=config.model.no_target_head,
+        val=config.data.val,
     )
     if not training_set.samples:
         raise DataError(

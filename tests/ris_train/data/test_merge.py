@@ -107,6 +107,17 @@ def test_a_google_split_alone_is_taken_whole_and_its_own_leakage_is_counted(cach
     assert part.expressions == len(found.samples)
 
 
+def test_images_of_the_dataset_that_validates_are_counted_too(cache: FeatureCache) -> None:
+    """RefCOCOg deals the same images out anew, so a checkpoint chosen on it would have seen some of them."""
+    (alone,) = load(cache, "refcoco:train", val="refcoco:val").parts
+    (part,) = load(cache, "refcoco:train", val="refcocog:val").parts
+    assert alone.leaking_images == 0
+    own = {sample.image_id for sample in load(cache, "refcoco:train").samples}
+    held = {e.image_id for e in cache.expressions("refcocog.umd") if e.split != "train"}
+    assert part.leaking_images == len(own & held) > 0
+    assert (part.expressions, part.is_filtered) == (alone.expressions, False)
+
+
 @pytest.mark.parametrize(
     "selection", [THREE, "refcoco+:train,refcocog:train", "grefcoco:train,refcocog:train"]
 )
