@@ -104,7 +104,9 @@ def evaluate_run(
         writer.require_one_table(list(chosen))
         views = tuple({view.name: view for view in (*views, VIEWS["original"])}.values())
     model, _ = load_checkpoint(path, device=device)
-    tokenizer = Tokenizer.from_folder(run.tokenizer_dir, config.model.max_tokens)
+    tokenizer = Tokenizer.from_folder(
+        run.tokenizer_dir, config.model.max_tokens, keep_sep=config.model.keep_sep
+    )
     samples, counts = _count_tables(
         cache, model, tokenizer, splits, views, source, batch_size, device, writer, show_progress
     )

@@ -85,7 +85,10 @@ class RISModel:
                 f"{folder / WEIGHTS_NAME} is no safetensors file ({error}). Export the model again.",
                 path=folder / WEIGHTS_NAME,
             ) from error
-        tokenizer = Tokenizer.from_folder(folder / TOKENIZER_NAME, record.checkpoint.config.model.max_tokens)
+        config = record.checkpoint.config.model
+        tokenizer = Tokenizer.from_folder(
+            folder / TOKENIZER_NAME, config.max_tokens, keep_sep=config.keep_sep
+        )
         return cls(network=network.to(torch.device(device)).eval(), record=record, tokenizer=tokenizer)
 
     @classmethod
@@ -112,7 +115,9 @@ class RISModel:
             scores=reported_scores(run, checkpoint, metadata),
             files={},
         )
-        tokenizer = Tokenizer.from_folder(run.tokenizer_dir, metadata.config.model.max_tokens)
+        tokenizer = Tokenizer.from_folder(
+            run.tokenizer_dir, metadata.config.model.max_tokens, keep_sep=metadata.config.model.keep_sep
+        )
         return cls(network=network, record=record, tokenizer=tokenizer)
 
     def save_pretrained(self, folder: str | Path, *, licence: str = UNKNOWN_LICENCE) -> Path:

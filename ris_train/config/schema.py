@@ -57,6 +57,7 @@ class ModelConfig(_Section):
         num_deformable_points: points that each of its heads reads of each level.
         norm_groups: of the pixel decoder's group norms.
         max_tokens: word pieces that an expression is cut to, [CLS] and [SEP] among them.
+        keep_sep: whether an expression that is cut still ends with [SEP].
         bert: the language model.
     """
 
@@ -72,6 +73,7 @@ class ModelConfig(_Section):
     num_deformable_points: Positive = 4
     norm_groups: Positive = 32
     max_tokens: Annotated[int, Field(ge=3)] = 35
+    keep_sep: bool = True
     bert: BertConfig = BertConfig()
 
 

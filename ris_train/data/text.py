@@ -25,19 +25,22 @@ TINY_VOCABULARY_PATH = Path(__file__).parent / "tiny_vocab.txt"
 
 
 class Tokenizer:
-    """BERT's word pieces, cut to a length that keeps [SEP].
+    """BERT's word pieces, cut to a length.
 
     Args:
         pieces: a transformers tokenizer of the BERT family.
         max_tokens: at most so many pieces, [CLS] and [SEP] included.
+        keep_sep: whether an expression that is cut still ends with [SEP]; the projects of this field take one
+            word piece more and lose it.
     """
 
-    def __init__(self, pieces: Any, max_tokens: int) -> None:
+    def __init__(self, pieces: Any, max_tokens: int, *, keep_sep: bool = True) -> None:
         self._pieces = pieces
         self.max_tokens = max_tokens
+        self._keep_sep = keep_sep
 
     @classmethod
-    def load(cls, config: BertConfig, max_tokens: int) -> Tokenizer:
+    def load(cls, config: BertConfig, max_tokens: int, *, keep_sep: bool = True) -> Tokenizer:
         """Load the tokenizer that the configuration names.
 
         Raises:
@@ -45,23 +48,23 @@ class Tokenizer:
         """
         source = config.vocabulary or config.weights
         if source == TINY_VOCABULARY:
-            return cls(BertTokenizer(str(TINY_VOCABULARY_PATH)), max_tokens)
+            return cls(BertTokenizer(str(TINY_VOCABULARY_PATH)), max_tokens, keep_sep=keep_sep)
         if source is None:
             raise WeightsError(
                 "model.bert names neither weights nor a vocabulary. Set model.bert.vocabulary to a tokenizer "
                 f"folder, a hub name, or {TINY_VOCABULARY}."
             )
-        return cls.from_folder(source, max_tokens)
+        return cls.from_folder(source, max_tokens, keep_sep=keep_sep)
 
     @classmethod
-    def from_folder(cls, source: str | Path, max_tokens: int) -> Tokenizer:
+    def from_folder(cls, source: str | Path, max_tokens: int, *, keep_sep: bool = True) -> Tokenizer:
         """Load from a folder written by `save`, or from a hub name.
 
         Raises:
             WeightsError: nothing usable is there.
         """
         try:
-            return cls(AutoTokenizer.from_pretrained(str(source)), max_tokens)
+            return cls(AutoTokenizer.from_pretrained(str(source)), max_tokens, keep_sep=keep_sep)
         except (OSError, ValueError) as error:
             raise WeightsError(
                 f"No BERT tokenizer at {source!s}. Give a folder with vocab.txt or tokenizer.json, or a hub "
@@ -84,7 +87,9 @@ class Tokenizer:
         Returns:
             token_ids int64[B, L] and text_mask bool[B, L], true on real tokens.
         """
+        longest = self.max_tokens if self._keep_sep else self.max_tokens + 1  # [SEP] is what is cut off then
         encoded = self._pieces(
-            list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
         )
-        return encoded["input_ids"], encoded["attention_mask"].to(torch.bool)
+        token_ids, mask = (encoded[name][:, : self.max_tokens] for name in ("input_ids", "attention_mask"))
+        return token_ids, mask.to(torch.bool)

@@ -113,7 +113,7 @@ def prepare(
     torch.manual_seed(config.train.seed)
     cache = FeatureCache.open(cache_root, integrity=config.data.integrity)
     training_set = load_usable(cache, config)
-    tokenizer = Tokenizer.load(config.model.bert, config.model.max_tokens)
+    tokenizer = Tokenizer.load(config.model.bert, config.model.max_tokens, keep_sep=config.model.keep_sep)
     validation = Validation(
         cache,
         tokenizer,

@@ -191,7 +191,7 @@ def reproduce(
             "was trained from.",
             path=path,
         )
-    tokenizer = Tokenizer.load(config.model.bert, config.model.max_tokens)
+    tokenizer = Tokenizer.load(config.model.bert, config.model.max_tokens, keep_sep=config.model.keep_sep)
     builder = builder_of(cache, config, training_set, tokenizer, ranks.device)
     model = build_from_metadata(metadata)
     freeze_untrained(model, config.train)

@@ -68,6 +68,17 @@ def test_a_cut_keeps_the_start_and_sep(real_folder: Path, max_tokens: int) -> No
     assert text_mask.all()
 
 
+def test_without_sep_a_cut_takes_one_piece_more_and_nothing_else_changes(real_folder: Path) -> None:
+    """As the field's projects cut: the whole encoding, [SEP] included, and then its first pieces."""
+    texts = ["the man on the left with a red hat", "a dog", "the tall man in red"]
+    whole = [Tokenizer.from_folder(real_folder, 60).encode([text])[0][0].tolist() for text in texts]
+    found, mask = Tokenizer.from_folder(real_folder, 7, keep_sep=False).encode(texts)
+    assert [row[kept].tolist() for row, kept in zip(found, mask, strict=True)] == [ids[:7] for ids in whole]
+    assert [len(ids) > 7 for ids in whole] == [True, False, False]
+    alone, _ = Tokenizer.from_folder(real_folder, 7, keep_sep=False).encode(texts[1:2])
+    assert alone[0].tolist() == whole[1]
+
+
 @pytest.mark.parametrize("blank", ["", " ", "\t\n"])
 def test_a_blank_expression_becomes_cls_and_sep(real: Tokenizer, blank: str) -> None:
     token_ids, text_mask = real.encode([blank, "lady"])
