@@ -321,3 +321,24 @@ def test_rule_sets_cannot_be_changed_by_their_users() -> None:
     rules: Any = RULES["ris"]
     with pytest.raises(AttributeError):
         rules.headline = "mIoU"
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "value"),
+    [
+        ("ris", "mIoU", 0.0),
+        ("gres", "gIoU", 0.0),
+        ("zom", "mIoU", 0.0),
+        ("lisa", "gIoU", 1.0),
+        ("dfam", "gIoU", 1.0),
+    ],
+)
+@pytest.mark.parametrize("has_head", [False, True])
+def test_a_target_without_a_pixel_and_an_empty_mask_score_as_the_rule_says(
+    name: str, metric: str, value: float, has_head: bool
+) -> None:
+    """A tiny object can vanish on the grid: G = 0 though the annotation names a target."""
+    counts = collect([SampleCount(intersection=0, predicted=0, annotated=0)], has_head=has_head)
+    assert RULES[name].score(counts).values[metric] == pytest.approx(
+        value, abs=1e-4
+    )  # LISA divides by N + 1e-5
