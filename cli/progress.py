@@ -11,7 +11,49 @@ from tqdm import tqdm
 SECONDS_BETWEEN_LINES = 30.0
 
 
-class ImageProgress:
+class Progress:
+    """A bar, or a line now and then; who inherits says what a line tells, in `_line`."""
+
+    def __init__(self, what: str, unit: str, *, is_terminal: bool | None, interval: float) -> None:
+        self._what, self._unit = what, unit
+        self._is_terminal = sys.stderr.isatty() if is_terminal is None else is_terminal
+        self._interval = interval
+        self._bar: tqdm[NoReturn] | None = None
+        self._total = self._done = self._before = 0
+        self._started = self._last_line = 0.0
+
+    def start(self, *, total: int, done: int) -> None:
+        """Begin; `done` of `total` are there already."""
+        self._total, self._done, self._before = total, done, done
+        self._started = self._last_line = time.monotonic()
+        if done < total and self._is_terminal:
+            self._bar = tqdm(total=total, initial=done, unit=self._unit, desc=self._what)
+
+    def say(self, message: str) -> None:
+        """Print a message without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(message, file=sys.stderr)
+        else:
+            print(message, file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """End the bar, or print a last line."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        elif self._done > self._before:
+            print(self._line(), file=sys.stderr, flush=True)
+
+    def _line_if_due(self) -> None:
+        if time.monotonic() - self._last_line >= self._interval:
+            self._last_line = time.monotonic()
+            print(self._line(), file=sys.stderr, flush=True)
+
+    def _line(self) -> str:
+        raise NotImplementedError
+
+
+class ImageProgress(Progress):
     """Images done, images per second, time left, images quarantined."""
 
     def __init__(
@@ -28,19 +70,8 @@ class ImageProgress:
             is_terminal: whether stderr is one; asked of it by default.
             interval: seconds between lines.
         """
-        self._what = what
-        self._is_terminal = sys.stderr.isatty() if is_terminal is None else is_terminal
-        self._interval = interval
-        self._bar: tqdm[NoReturn] | None = None
-        self._total = self._done = self._before = self._quarantined = 0
-        self._started = self._last_line = 0.0
-
-    def start(self, *, total: int, done: int) -> None:
-        """Begin; `done` of `total` images are there already."""
-        self._total, self._done, self._before = total, done, done
-        self._started = self._last_line = time.monotonic()
-        if done < total and self._is_terminal:
-            self._bar = tqdm(total=total, initial=done, unit="image", desc=self._what)
+        super().__init__(what, "image", is_terminal=is_terminal, interval=interval)
+        self._quarantined = 0
 
     def advance(self, reason: str | None) -> None:
         """Count one image, and say why if it was quarantined."""
@@ -51,24 +82,8 @@ class ImageProgress:
         if self._bar is not None:
             self._bar.update()
             self._bar.set_postfix(quarantined=self._quarantined, refresh=False)
-        elif time.monotonic() - self._last_line >= self._interval:
-            self._last_line = time.monotonic()
-            print(self._line(), file=sys.stderr, flush=True)
-
-    def say(self, message: str) -> None:
-        """Print a message without breaking the bar."""
-        if self._bar is not None:
-            self._bar.write(message, file=sys.stderr)
         else:
-            print(message, file=sys.stderr, flush=True)
-
-    def stop(self) -> None:
-        """End the bar, or print a last line."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-        elif self._done > self._before:
-            print(self._line(), file=sys.stderr, flush=True)
+            self._line_if_due()
 
     def _line(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)

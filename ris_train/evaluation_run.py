@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,24 +111,7 @@ def evaluate_run(
         cache, model, tokenizer, splits, views, source, batch_size, device, writer, show_progress
     )
     expressions = "own" if shuffle_seed is None else f"shuffled(seed={shuffle_seed})"
-    position = {sample: index for index, sample in enumerate(samples)}
-    results = []
-    for split in splits:
-        of_table, default = chosen[split.selection.table_name]
-        rows = np.array([position[sample] for sample in split.samples], dtype=np.intp)
-        results.append(
-            score_split(
-                f"{split.selection.table_name}:{split.selection.split}",
-                {name: found.select(rows) for name, found in counts.items()},
-                of_table,
-                default_rules=default,
-                category_source=source,
-                expressions=expressions,
-                quarantined=split.quarantined,
-                degenerate=sum(sample.is_degenerate for sample in split.samples),
-                is_whole=split.is_whole,
-            )
-        )
+    results = _score_splits(splits, chosen, samples, counts, source=source, expressions=expressions)
     meaning: dict[str, Any] = {
         "method": run.path.resolve().name,
         "checkpoint": checkpoint,
@@ -176,6 +159,42 @@ def _rules(asked: str | None, table_name: str, splits: Sequence[_Split]) -> tupl
     )
     default = default_rules(table_name.partition(".")[0], has_no_target=has_no_target)
     return rules_named(default if asked is None else asked), default
+
+
+def _score_splits(
+    splits: Sequence[_Split],
+    chosen: Mapping[str, tuple[Sequence[RuleSet], str]],
+    samples: Sequence[Sample],
+    counts: Mapping[str, Counts],
+    *,
+    source: CategorySource,
+    expressions: str,
+) -> list[EvaluationResult]:
+    """Score each split by the rule sets of its table.
+
+    Args:
+        chosen: rule sets and the name of the default one, by table.
+        samples: those that `counts`, by name of the view, are of, in their order.
+    """
+    position = {sample: index for index, sample in enumerate(samples)}
+    results = []
+    for split in splits:
+        of_table, default = chosen[split.selection.table_name]
+        rows = np.array([position[sample] for sample in split.samples], dtype=np.intp)
+        results.append(
+            score_split(
+                f"{split.selection.table_name}:{split.selection.split}",
+                {name: found.select(rows) for name, found in counts.items()},
+                of_table,
+                default_rules=default,
+                category_source=source,
+                expressions=expressions,
+                quarantined=split.quarantined,
+                degenerate=sum(sample.is_degenerate for sample in split.samples),
+                is_whole=split.is_whole,
+            )
+        )
+    return results
 
 
 def _count_tables(

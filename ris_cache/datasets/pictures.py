@@ -5,8 +5,6 @@ H, W: rows and columns of the original frame, the way up that the EXIF orientati
 
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
 from typing import Final
 
@@ -16,28 +14,9 @@ from pycocotools import mask as coco_mask
 
 from ris_cache.datasets.records import Rle, Segmentation
 from ris_cache.errors import DataError
+from ris_cache.pillow_limits import DECODING_ERRORS, RUNS_A_PROGRAM
 
-_DECODING_ERRORS: Final = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    EOFError,
-    IndexError,
-    KeyError,
-    OverflowError,
-    RuntimeError,
-    AttributeError,
-    ArithmeticError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-"""What Pillow raises on damaged bytes; there is no common base class."""
-
-_RUNS_A_PROGRAM: Final = frozenset({"EPS"})
-"""Formats that Pillow hands to another program, here Ghostscript, which must not see a stranger's file."""
+_DECODING_ERRORS: Final = (*DECODING_ERRORS, MemoryError, Image.DecompressionBombError)
 
 _ORIENTED: Final = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
 _UPRIGHT: Final = frozenset({None, 0, 1})
@@ -133,7 +112,7 @@ def _require_usable(path: Path, image: Image.Image) -> None:
             path=path,
             limit=limit,
         )
-    if image.format in _RUNS_A_PROGRAM:
+    if image.format in RUNS_A_PROGRAM:
         raise DataError(f"{path} is in the format {image.format}. Save it as PNG.", path=path)
 
 

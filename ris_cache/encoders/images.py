@@ -7,8 +7,6 @@ image and mask share the squash, so its inverse is a plain resize.
 
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +16,7 @@ from PIL import Image, ImageOps
 
 from ris_cache.encoders.spec import Normalisation
 from ris_cache.errors import ConfigError, DataError, ShapeError
+from ris_cache.pillow_limits import DECODING_ERRORS, RUNS_A_PROGRAM
 
 if TYPE_CHECKING:
     import torch
@@ -27,25 +26,6 @@ KERNELS: dict[str, Image.Resampling] = {
     "pil-bicubic": Image.Resampling.BICUBIC,
 }
 """Resampling kernels by the name that specs and fingerprints use."""
-
-# What Pillow's decoders raise on damaged bytes; there is no common base class.
-_DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    EOFError,
-    IndexError,
-    KeyError,
-    OverflowError,
-    RuntimeError,
-    AttributeError,
-    ArithmeticError,
-    struct.error,
-    zlib.error,
-)
-_RUNS_A_PROGRAM = frozenset({"EPS"})
-"""Formats that Pillow hands to another program, which must not see a stranger's file."""
 
 
 def decode_image(path: Path, *, expected_size: tuple[int, int] | None) -> NDArray[np.uint8]:
@@ -68,7 +48,7 @@ def decode_image(path: Path, *, expected_size: tuple[int, int] | None) -> NDArra
     try:
         with Image.open(path) as image:
             _refuse_bomb(path, image.size)
-            if image.format in _RUNS_A_PROGRAM:
+            if image.format in RUNS_A_PROGRAM:
                 raise DataError(f"{path} is in the format {image.format}. Save it as JPEG or PNG.", path=path)
             image.load()
             pixels = np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
@@ -80,7 +60,7 @@ def decode_image(path: Path, *, expected_size: tuple[int, int] | None) -> NDArra
         raise DataError(f"Image {path} is too large to decode: {error}", path=path) from error
     except DataError:
         raise
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         raise DataError(
             f"Image {path} cannot be decoded ({type(error).__name__}: {error}). "
             "The file is damaged or is not an image; fetch it again.",
