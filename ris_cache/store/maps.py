@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from ris_cache.errors import CacheError
 from ris_cache.store.layout import ABSENT, Backend, StoredArray
-from ris_cache.store.page_cache import is_in_memory, may_bypass, read_whole
+from ris_cache.store.page_cache import count_cached_pages, is_in_memory, may_bypass, read_whole
 from ris_cache.store.shard_files import damaged, unreadable
 
 _T = TypeVar("_T")
@@ -85,18 +85,25 @@ class MappedFile:
             status = os.fstat(descriptor)
             if _identity(status) != self.identity:
                 return False
-            bypasses = past_page_cache and may_bypass(offset, target)
-            if bypasses and self._may_see_pages(status.st_uid):
-                bypasses = not is_in_memory(self.content, offset, offset + len(target))
+            bypasses = (
+                past_page_cache
+                and may_bypass(offset, target)
+                and not self._is_in_memory(descriptor, status.st_uid, offset, offset + len(target))
+            )
             return read_whole(descriptor, target, offset, past_page_cache=bypasses)
         except OSError as error:
             raise unreadable(self.path, error) from error
         finally:
             os.close(descriptor)
 
-    def _may_see_pages(self, owner: int) -> bool:
-        """Whether the kernel tells this process which pages of the file are in memory."""
-        return owner == os.geteuid() or os.access(self.path, os.W_OK, effective_ids=True)
+    def _is_in_memory(self, descriptor: int, owner: int, start: int, stop: int) -> bool:
+        """Whether the page cache is known to hold a range of whole pages."""
+        cached = count_cached_pages(descriptor, start, stop)
+        if cached is not None:
+            return cached * mmap.PAGESIZE >= stop - start
+        # mincore(2) says that all is there to whom it does not tell.
+        may_see = owner == os.geteuid() or os.access(self.path, os.W_OK, effective_ids=True)
+        return may_see and is_in_memory(self.content, start, stop)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

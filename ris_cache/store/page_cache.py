@@ -4,7 +4,8 @@ The disk then writes into the reader's own memory: no processor copies anything,
 the page cache stays there. It asks for offsets, lengths and addresses that are multiples of `ALIGNMENT`; not
 every file system allows it, and where it does not, the file is read as usual.
 
-What is in the page cache already is asked of mincore(2). A read with RWF_NOWAIT would tell as well, but on
+What is in the page cache already is asked of cachestat(2), or of mincore(2) where the kernel lacks that: it
+looks at one page after another, 0.1 ms for a row of 2 MiB. A read with RWF_NOWAIT would tell as well, but on
 newer Linux it also starts reading the file ahead into the page cache.
 """
 
@@ -23,6 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 ALIGNMENT: Final = 4096
+_CACHESTAT: Final = 451
+"""Number of the system call, the same on every architecture but Alpha, which glibc has no name for."""
 _O_DIRECT: Final[int] = getattr(os, "O_DIRECT", 0)
 """0 where the operating system has no such flag."""
 _REFUSALS: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.EFAULT})
@@ -66,6 +69,17 @@ def read_whole(
     return True
 
 
+def count_cached_pages(descriptor: int, start: int, stop: int) -> int | None:
+    """Return how many pages of a range of an open file the page cache holds; None if the kernel tells not.
+
+    It tells who owns the file or may write to it, from Linux 6.5 on.
+    """
+    asked = (ctypes.c_uint64 * 2)(start, stop - start)
+    found = (ctypes.c_uint64 * 5)()  # cached, dirty, under write-back, evicted, recently evicted
+    failed = _system_call()(_CACHESTAT, descriptor, asked, found, 0)
+    return None if failed else found[0]
+
+
 def is_in_memory(content: npt.NDArray[np.uint8], start: int, stop: int) -> bool:
     """Return whether the page cache holds a range of a mapped file whole; touches no page of it.
 
@@ -98,4 +112,14 @@ def _mincore() -> Callable[[int, int, int], int]:
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
     function.restype = ctypes.c_int
     called: Callable[[int, int, int], int] = function
+    return called
+
+
+@functools.cache
+def _system_call() -> Callable[..., int]:
+    # PyDLL keeps the interpreter's lock: the answer takes microseconds, getting the lock back longer.
+    function = ctypes.PyDLL(None).syscall
+    function.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
+    function.restype = ctypes.c_long
+    called: Callable[..., int] = function
     return called

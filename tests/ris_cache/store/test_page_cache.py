@@ -184,12 +184,46 @@ def make_again(rows: Rows) -> Rows:
     return again
 
 
-@pytest.fixture
-def fresh(rows: Rows) -> Rows:
-    """Nothing of the files is in memory."""
+@pytest.fixture(params=["cachestat", "mincore"])
+def fresh(rows: Rows, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Rows:
+    """Nothing of the files is in memory, and one way to ask what is."""
+    if request.param == "mincore":
+        _lack_cachestat(monkeypatch)
+    elif not _has_cachestat(rows.files[0]):
+        pytest.skip("this kernel has no cachestat")
     again = make_again(rows)
     again.drop()
     return again
+
+
+def _has_cachestat(path: Path) -> bool:
+    with path.open("rb") as file:
+        return page_cache.count_cached_pages(file.fileno(), 0, 4096) is not None
+
+
+def _lack_cachestat(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(page_cache, "_system_call", lambda: lambda number, descriptor, asked, found, flags: -1)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "expected"), [(0, 9, 3), (0, 2, 1), (2, 4, 1), (3, 6, 0), (5, 8, 1)]
+)
+def test_pages_in_memory_are_counted(tmp_path: Path, start: int, stop: int, expected: int) -> None:
+    path = tmp_path / "pages"
+    path.write_bytes(bytes(9 * 4096))
+    if not _has_cachestat(path):
+        pytest.skip("this kernel has no cachestat")
+    drop(path)
+    if pages_in_memory(path).any():
+        pytest.skip("this file system keeps files in memory")
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # no page beside those asked for
+        for page in (1, 2, 6):
+            os.pread(descriptor, 1, page * 4096)
+        assert page_cache.count_cached_pages(descriptor, start * 4096, stop * 4096) == expected
+    finally:
+        os.close(descriptor)
 
 
 def test_what_is_read_past_the_page_cache_is_not_in_it_afterwards(
@@ -233,7 +267,7 @@ def test_a_row_that_is_partly_in_memory_is_read_whole_from_the_disk(
 def test_changes_that_have_not_reached_the_disk_are_seen(
     fresh: Rows, made_direct: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(maps, "is_in_memory", lambda content, start, stop: False)
+    monkeypatch.setattr(maps.MappedFile, "_is_in_memory", lambda *arguments: False)
     path, start, _ = fresh.place(5, "sam")
     with path.open("r+b") as file:
         file.seek(start)
@@ -255,7 +289,8 @@ def test_changes_that_have_not_reached_the_disk_are_seen(
 def test_whoever_may_not_ask_what_is_in_memory_reads_past_it(
     fresh: Rows, made_direct: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel tells a stranger that all is there; nothing would ever be read past the page cache."""
+    """mincore tells a stranger that all is there; nothing would ever be read past the page cache."""
+    _lack_cachestat(monkeypatch)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     monkeypatch.setattr(os, "access", lambda *arguments, **options: False)
     monkeypatch.setattr(page_cache, "_mincore", lambda: pytest.fail("asked in vain"))
@@ -311,12 +346,13 @@ def _lack_the_flag(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(page_cache, "_O_DIRECT", 0)
 
 
-def _lack_mincore(patch: pytest.MonkeyPatch) -> None:
+def _lack_both_ways_to_ask(patch: pytest.MonkeyPatch) -> None:
+    _lack_cachestat(patch)
     patch.setattr(page_cache, "_mincore", lambda: lambda address, length, flags: -1)
 
 
 @pytest.mark.parametrize(
-    "change", [_refuse_the_flag, _refuse_the_read, _end_reads_early, _lack_the_flag, _lack_mincore]
+    "change", [_refuse_the_flag, _refuse_the_read, _end_reads_early, _lack_the_flag, _lack_both_ways_to_ask]
 )
 def test_a_system_that_cannot_gives_the_same_rows(
     fresh: Rows, monkeypatch: pytest.MonkeyPatch, change: Callable[[pytest.MonkeyPatch], None]
@@ -378,7 +414,7 @@ def test_prefetching_past_the_page_cache_checks_what_it_reads(
     paged_drawing: Any, made_direct: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Looking up where rows lie brings all of such small files into memory.
-    monkeypatch.setattr(maps, "is_in_memory", lambda content, start, stop: False)
+    monkeypatch.setattr(maps.MappedFile, "_is_in_memory", lambda *arguments: False)
     paged_drawing.extract(tmp_path, range(8))
     cache = FeatureCache.open(tmp_path)
     for batch in cache.prefetch([[3, 0, 3], [7]], page_cache=False):
