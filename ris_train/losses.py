@@ -1,14 +1,17 @@
 """The losses (method Sec. 3.5; supplement Sec. 2 and "Implementations").
 
-B samples, E expressions (E = B), Q queries, T target instances over the whole batch, K points,
-S side of the loss grid. Points are (x, y) in [0, 1] over the squashed input frame.
+B samples, E expressions (E = B), Q queries, T target instances over the whole batch, M matched pairs,
+N layers of DFAM, K points, S side of the loss grid. Points are (x, y) in [0, 1] over the squashed input
+frame.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,6 +21,7 @@ from ris_train.config import LossConfig
 from ris_train.matching import Matching, match_queries
 from ris_train.model.dfam import DfamPrediction
 from ris_train.model.segmenter import ModelOutputs
+from ris_train.points import sample_at, uncertain_points
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,18 +124,16 @@ def total_loss(
     assert outputs.dfam is not None, "training needs DFAM's predictions"
     part = part or Part.whole(targets, num_queries=outputs.dfam[0].mask_logits.shape[1])
     is_no_target = targets.is_no_target
-    masks = targets.masks[~is_no_target]
     mask_logits = F.interpolate(
-        outputs.mask_logits[~is_no_target].unsqueeze(1),
-        size=targets.masks.shape[-2:],
-        mode="bilinear",
-        align_corners=False,
+        outputs.mask_logits.unsqueeze(1), size=targets.masks.shape[-2:], mode="bilinear", align_corners=False
     ).squeeze(1)
     num_masks = part.num_samples if config.mask_average == "all" else part.num_targeted
-    mask_dice = _mean(dice_loss(mask_logits.flatten(1), masks.flatten(1)), num_masks)
-    mask_bce = _mean(F.binary_cross_entropy_with_logits(mask_logits, masks, reduction="none"), num_masks)
-    dfam = [dfam_losses(prediction, targets, config, part, generator) for prediction in outputs.dfam]
-    dfam_dice, dfam_bce, dfam_vl = (torch.stack(terms).sum() for terms in zip(*dfam, strict=True))
+    # Losses of the others are set to 0, as choosing rows by a mask would wait for the device.
+    dice = dice_loss(mask_logits.flatten(1), targets.masks.flatten(1))
+    bce = F.binary_cross_entropy_with_logits(mask_logits, targets.masks, reduction="none").mean(dim=(1, 2))
+    mask_dice = _mean(dice.masked_fill(is_no_target, 0), num_masks)
+    mask_bce = _mean(bce.masked_fill(is_no_target, 0), num_masks)
+    dfam_dice, dfam_bce, dfam_vl = dfam_losses(outputs.dfam, targets, config, part, generator)
     loss = (
         config.mask_dice * mask_dice
         + config.mask_bce * mask_bce
@@ -153,18 +155,27 @@ def total_loss(
 
 
 def dfam_losses(
-    prediction: DfamPrediction,
+    predictions: Sequence[DfamPrediction],
     targets: Targets,
     config: LossConfig,
     part: Part | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Match one layer's queries to the targets and compare (Dice, BCE, VL), each a scalar."""
-    part = part or Part.whole(targets, num_queries=prediction.mask_logits.shape[1])
-    device = prediction.mask_logits.device
-    points = torch.rand(config.num_points, 2, device=device, generator=generator)
-    matching = match_queries(prediction, targets.instance_masks, targets.instance_samples, points, config)
-    matched = prediction.mask_logits[matching.samples, matching.queries]
+    """Match each layer's queries to the targets and compare: Dice, BCE and VL, summed over the layers."""
+    part = part or Part.whole(targets, num_queries=predictions[0].mask_logits.shape[1])
+    device = targets.masks.device
+    points = torch.rand(len(predictions), config.num_points, 2, device=device, generator=generator)
+    matchings = match_queries(
+        predictions,
+        targets.instance_masks,
+        targets.instance_samples,
+        points,
+        config,
+        first_sample=part.first_sample,
+    )
+    pairs = list(zip(predictions, matchings, strict=True))
+    # From here on masks of all layers together, [N, M, …].
+    matched = torch.stack([layer.mask_logits[found.samples, found.queries] for layer, found in pairs])
     with torch.no_grad():
         points = uncertain_points(
             matched,
@@ -175,12 +186,14 @@ def dfam_losses(
             total=part.num_pairs,
             generator=generator,
         )
-        labels = sample_at(targets.instance_masks[matching.instances], points)
-    logits = sample_at(matched, points)
+        instances = torch.stack([found.instances for found in matchings])
+        labels = sample_at(targets.instance_masks[instances], points).flatten(0, 1)
+    logits = sample_at(matched, points).flatten(0, 1)
+    vl = [text_loss(layer.text_logits, found, targets.is_related, part) for layer, found in pairs]
     return (
         _mean(dice_loss(logits, labels), part.num_pairs),
         _mean(F.binary_cross_entropy_with_logits(logits, labels, reduction="none"), part.num_pairs),
-        text_loss(prediction.text_logits, matching, targets.is_related, part),
+        torch.stack(vl).sum(),
     )
 
 
@@ -242,64 +255,13 @@ def no_target_loss(
     Returns:
         A scalar.
     """
-    labels, class_weights = is_no_target.long(), logits.new_tensor(weights)
+    labels = is_no_target.long()
+    class_weights = torch.tensor(weights, dtype=logits.dtype).to(logits.device, non_blocking=True)
     if part is None:
         return F.cross_entropy(logits, labels, weight=class_weights)
     num_without = part.num_samples - part.num_targeted
     total = part.num_targeted * weights[0] + num_without * weights[1]
     return F.cross_entropy(logits, labels, weight=class_weights, reduction="sum") / total
-
-
-def sample_at(masks: Tensor, points: Tensor) -> Tensor:
-    """Read masks at points, bilinearly; beyond the border cells counts as 0.
-
-    Args:
-        masks: float[T, H, W].
-        points: float[T, K, 2].
-
-    Returns:
-        float[T, K].
-    """
-    grid = 2 * points.unsqueeze(1) - 1
-    return F.grid_sample(masks.unsqueeze(1), grid, mode="bilinear", align_corners=False)[:, 0, 0]
-
-
-def uncertain_points(
-    logits: Tensor,
-    *,
-    num_points: int,
-    oversample: float,
-    importance_ratio: float,
-    first: int = 0,
-    total: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Draw points, most of them where the logits are nearest to 0 (PointRend, Kirillov et al. 2020).
-
-    Args:
-        logits: float[T, H, W].
-        num_points: K.
-        oversample: K·oversample candidates are drawn uniformly.
-        importance_ratio: share of K taken from the candidates by uncertainty; the rest is uniform.
-        first: masks of the batch before these; theirs are drawn too, so that all parts draw alike.
-        total: masks of the batch; T by default.
-        generator: where to draw from, on the device of the logits; torch's own by default.
-
-    Returns:
-        float[T, K, 2].
-    """
-    num_masks = logits.shape[0]
-    num_important = int(importance_ratio * num_points)
-
-    def draw(count: int) -> Tensor:
-        drawn = torch.rand(total or num_masks, count, 2, device=logits.device, generator=generator)
-        return drawn[first : first + num_masks]
-
-    candidates = draw(int(num_points * oversample))
-    uncertainty = -sample_at(logits, candidates).abs()
-    chosen = uncertainty.topk(num_important, dim=1).indices
-    important = candidates.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 2))
-    return torch.cat([important, draw(num_points - num_important)], dim=1)
 
 
 def related_pairs(
@@ -325,19 +287,23 @@ def related_pairs(
         image as well.
     """
     size = len(image_ids)
-    related = torch.zeros(size, size, dtype=torch.bool)
-    if exclude == "none":
-        return related
-    for first in range(size):
-        for second in range(first + 1, size):
-            shares_target = image_ids[first] == image_ids[second] and not ann_ids[first].isdisjoint(
-                ann_ids[second]
-            )
-            shares_category = (
-                exclude == "category" and category_ids[first] == category_ids[second] != NO_CATEGORY
-            )
-            related[first, second] = related[second, first] = shares_target or shares_category
-    return related
+    related = np.zeros((size, size), dtype=bool)
+    if exclude == "none" or not size:
+        return torch.from_numpy(related)
+    # Which sample has which target, a target being a pair of image and instance: two share one where the
+    # product counts any.
+    owners = np.repeat(np.arange(size), [len(ids) for ids in ann_ids])
+    images = np.asarray(image_ids, dtype=np.int64)[owners]
+    instances = np.fromiter(itertools.chain.from_iterable(ann_ids), dtype=np.int64, count=len(owners))
+    found, columns = np.unique(np.stack([images, instances]), axis=1, return_inverse=True)
+    has_target = np.zeros((size, found.shape[1]), dtype=np.float32)
+    has_target[owners, columns.reshape(-1)] = 1
+    related = has_target @ has_target.T > 0
+    if exclude == "category":
+        categories = np.asarray(category_ids, dtype=np.int64)
+        related |= (categories[:, None] == categories) & (categories != NO_CATEGORY)
+    np.fill_diagonal(related, False)
+    return torch.from_numpy(related)
 
 
 def _mean(values: Tensor, num_rows: int) -> Tensor:

@@ -1,13 +1,18 @@
 """Assign each target instance to one query of its sample (Hungarian; DETR, Carion et al. 2020).
 
-B samples, Q queries, T target instances over the whole batch, K points.
+All layers' costs go to the host at once, and a layer's samples are matched at once: in one matrix, in which
+an instance may take its own sample's queries alone.
+
+B samples, Q queries, T target instances over the whole batch, N layers, K points, P side of predicted masks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -20,7 +25,7 @@ from ris_train.model.dfam import DfamPrediction
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matching:
-    """Matched pairs, one per target instance (or per query, should a sample have fewer queries).
+    """Matched pairs, one per target instance (or per query, should a sample have fewer queries), by sample.
 
     Attributes:
         samples: int64[M], the sample of each pair.
@@ -35,39 +40,79 @@ class Matching:
 
 @torch.no_grad()
 def match_queries(
-    prediction: DfamPrediction,
+    predictions: Sequence[DfamPrediction],
     instance_masks: Tensor,
     instance_samples: Tensor,
     points: Tensor,
     config: LossConfig,
-) -> Matching:
-    """Find the assignment of least cost within each sample.
+    *,
+    first_sample: int = 0,
+) -> list[Matching]:
+    """Find the assignment of least cost within each sample, for each layer by itself.
 
     Args:
-        prediction: one layer's.
+        predictions: of the N layers.
         instance_masks: float[T, S, S].
         instance_samples: int64[T], ascending.
-        points: float[K, 2], where masks are compared; shared by all queries and targets.
+        points: float[N, K, 2], where a layer's masks are compared; shared by all queries and targets.
         config: the weights λ_Dice,l, λ_BCE,l and λ_VL,l of the cost, those of the loss.
+        first_sample: place of these samples' first in the batch, whose expressions the text logits are for.
+
+    Returns:
+        Each layer's pairs; all layers have as many, of the same samples.
 
     Raises:
         NonFiniteError: the cost is not finite, since the model's outputs are not.
     """
-    costs = (
-        matching_costs(prediction, instance_masks, instance_samples, points, config).cpu().double().numpy()
+    costs = [
+        matching_costs(
+            prediction, instance_masks, instance_samples, layer_points, config, first_sample=first_sample
+        )
+        for prediction, layer_points in zip(predictions, points, strict=True)
+    ]
+    # The one point of a step at which the host waits for the device: all it needs, in one piece.
+    table = (
+        torch.cat([*costs, instance_samples.unsqueeze(1).to(costs[0].dtype)], dim=1).cpu().double().numpy()
     )
-    if not np.isfinite(costs).all():
+    if not np.isfinite(table).all():
         raise NonFiniteError("The matching cost is not finite: the model's outputs have diverged.")
-    samples = instance_samples.cpu().numpy()
-    pairs: list[tuple[int, int, int]] = []
-    for sample in np.unique(samples):
-        instances = np.flatnonzero(samples == sample)
-        rows, queries = linear_sum_assignment(costs[instances])
-        pairs += [
-            (int(sample), int(query), int(instances[row])) for row, query in zip(rows, queries, strict=True)
-        ]
-    columns = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 3).to(instance_masks.device)
-    return Matching(samples=columns[:, 0], queries=columns[:, 1], instances=columns[:, 2])
+    samples = table[:, -1].astype(np.int64)
+    num_queries = costs[0].shape[1]
+    pairs = [
+        assign(table[:, layer * num_queries : (layer + 1) * num_queries], samples)
+        for layer in range(len(costs))
+    ]
+    columns = torch.from_numpy(np.stack(pairs)).to(instance_masks.device, non_blocking=True)
+    return [Matching(samples=layer[0], queries=layer[1], instances=layer[2]) for layer in columns]
+
+
+def assign(costs: npt.NDArray[np.float64], samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Assign instances to queries of their own sample, at the least cost.
+
+    Args:
+        costs: float64[T, Q], finite.
+        samples: int64[T], of each instance, ascending.
+
+    Returns:
+        int64[3, M]: sample, query and instance of each pair, by instance.
+    """
+    num_queries = costs.shape[1]
+    _, own, counts = np.unique(samples, return_inverse=True, return_counts=True)
+    most = int(counts.max(initial=0))
+    # Of n instances, each needs only its n cheapest queries: the others of its sample cannot take them all.
+    is_candidate = np.zeros((len(counts), num_queries), dtype=bool)
+    is_candidate[own[:, None], np.argsort(costs, axis=1)[:, :most]] = True
+    owners, queries = is_candidate.nonzero()
+    # Instances beyond the queries stay unmatched: each takes one of as many further columns of its sample,
+    # which cost all of its instances the same, so that they decide nothing.
+    beyond = np.repeat(np.arange(len(counts)), np.maximum(counts - num_queries, 0))
+    owners = np.concatenate([owners, beyond])
+    queries = np.concatenate([queries, np.full(len(beyond), num_queries)])
+    with_beyond = np.pad(costs, ((0, 0), (0, 1)))
+    matrix = np.where(own[:, None] == owners, with_beyond[:, queries], np.inf)
+    _, columns = linear_sum_assignment(matrix)
+    pairs = np.stack([samples, queries[columns], np.arange(len(samples))])
+    return pairs[:, pairs[1] < num_queries]
 
 
 def matching_costs(
@@ -76,8 +121,10 @@ def matching_costs(
     instance_samples: Tensor,
     points: Tensor,
     config: LossConfig,
+    *,
+    first_sample: int = 0,
 ) -> Tensor:
-    """Cost of each instance for each query of its own sample.
+    """Cost of each instance for each query of its own sample; arguments as in `match_queries`, of one layer.
 
     Returns:
         float[T, Q]: λ_Dice,l·Dice + λ_BCE,l·BCE + λ_VL,l·VL, the last for "this query is what its own
@@ -94,7 +141,7 @@ def matching_costs(
     dice = 1 - (2 * overlap + 1) / (probabilities.sum(-1) + labels.sum(-1, keepdim=True) + 1)
     # BCE(x, g) = softplus(x) − x·g
     bce = (F.softplus(logits).sum(-1) - torch.einsum("tqk,tk->tq", logits, labels)) / num_points
-    own = at_least_float32(prediction.text_logits)[instance_samples, :, instance_samples]
+    own = at_least_float32(prediction.text_logits)[instance_samples, :, instance_samples + first_sample]
     return config.dfam_dice * dice + config.dfam_bce * bce + config.dfam_vl * F.softplus(-own)
 
 

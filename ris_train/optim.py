@@ -22,6 +22,8 @@ FROZEN_PREFIXES = (
 # Learned vectors that are embeddings in all but class.
 EMBEDDING_NAMES = ("pixel_decoder.level_embed", "dfam.logit_scale", "dfam.logit_bias")
 NORM_CLASSES = (nn.LayerNorm, nn.GroupNorm)
+# Where torch computes AdamW of all parameters at once (CPUs since 2.4), in a third of the time.
+FUSED_DEVICES = ("cpu", "cuda")
 BERT_LAYERS = "language.bert.encoder.layer."
 BERT_EMBEDDINGS = "language.bert.embeddings."
 
@@ -78,9 +80,14 @@ def freeze_untrained(model: nn.Module, config: TrainConfig | None = None) -> Non
 
 
 def build_optimiser(model: nn.Module, config: TrainConfig) -> AdamW:
-    """AdamW over the trainable groups."""
+    """AdamW over the trainable groups, as one kernel where torch has it."""
     parameters = dict(model.named_parameters())
     groups = trainable_groups(model, config)
+    is_fused = all(
+        parameters[name].device.type in FUSED_DEVICES and parameters[name].is_floating_point()
+        for names in groups.values()
+        for name in names
+    )
     return AdamW(
         [
             {
@@ -90,6 +97,7 @@ def build_optimiser(model: nn.Module, config: TrainConfig) -> AdamW:
             {"params": [parameters[name] for name in groups["undecayed"]], "weight_decay": 0.0},
         ],
         lr=config.lr,
+        fused=is_fused,
     )
 
 

@@ -6,7 +6,6 @@ M heads, K sampling points.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,13 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ris_cache.encoders.positions import sine_positions
-from ris_cache.vision_imports import ensure_torchvision
-
-ensure_torchvision()
-
-from transformers.models.mask2former.modeling_mask2former import (  # noqa: E402
-    Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention as DeformableAttention,
-)
+from ris_train.model.deformable import DeformableAttention
 
 NUM_LEVELS = 3
 
@@ -97,10 +90,10 @@ class PixelDecoder(nn.Module):
                 for (height, width), embed in zip(sizes, self.level_embed, strict=True)
             ],
             dim=1,
-        ).to(tokens.dtype)
-        reference_points = _cell_centres(sizes, device=tokens.device)
+        ).to(tokens.dtype)[0]
+        centres = _cell_centres(sizes, device=tokens.device)
         for layer in self.layers:
-            tokens = layer(tokens, positions, reference_points, sizes)
+            tokens = layer(tokens, positions, centres, sizes)
         parts = torch.split(tokens, [height * width for height, width in sizes], dim=1)
         levels = [
             part.transpose(1, 2).reshape(part.shape[0], -1, height, width)
@@ -137,50 +130,20 @@ class DeformableEncoderLayer(nn.Module):
     def __init__(self, channels: int, *, num_heads: int, num_points: int, ffn_dim: int) -> None:
         super().__init__()
         self.attention = DeformableAttention(
-            embed_dim=channels, num_heads=num_heads, n_levels=NUM_LEVELS, n_points=num_points
+            channels, num_heads=num_heads, num_levels=NUM_LEVELS, num_points=num_points
         )
-        initialise_deformable_attention(self.attention)
         self.attention_norm = nn.LayerNorm(channels)
         self.ffn = nn.Sequential(nn.Linear(channels, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, channels))
         self.ffn_norm = nn.LayerNorm(channels)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, reference_points: Tensor, sizes: list[tuple[int, int]]
+        self, tokens: Tensor, positions: Tensor, centres: Tensor, sizes: list[tuple[int, int]]
     ) -> Tensor:
-        """Update float[B, S, C] tokens; `reference_points` is float[1, S, levels, 2] as (x, y) in [0, 1]."""
-        attended, _ = self.attention(
-            hidden_states=tokens,
-            encoder_hidden_states=tokens,
-            position_embeddings=positions,
-            reference_points=reference_points,
-            spatial_shapes_list=sizes,
-        )
+        """Update float[B, S, C] tokens; arguments as `DeformableAttention.forward` takes them."""
+        attended = self.attention(tokens, positions, centres, sizes)
         tokens = self.attention_norm(tokens + attended)
         normed: Tensor = self.ffn_norm(tokens + self.ffn(tokens))
         return normed
-
-
-def initialise_deformable_attention(attention: DeformableAttention) -> None:
-    """Initialise as Deformable DETR (Zhu et al. 2021, Appendix A.4) says.
-
-    Offsets start independent of the query: head m looks along the m-th of M directions around its cell,
-    point k at k + 1 cells' distance; attention over the points starts uniform. The wrapped class leaves
-    this to its model's own hook, which is not run here.
-    """
-    heads, levels, points = attention.n_heads, attention.n_levels, attention.n_points
-    angle = torch.arange(heads) * (2 * math.pi / heads)
-    direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
-    direction = direction / direction.abs().amax(dim=-1, keepdim=True)
-    distance = torch.arange(1, points + 1)
-    offsets = direction[:, None, None, :] * distance[None, None, :, None]
-    with torch.no_grad():
-        attention.sampling_offsets.bias.copy_(offsets.expand(heads, levels, points, 2).reshape(-1))
-    for weight in (attention.sampling_offsets.weight, attention.attention_weights.weight):
-        nn.init.zeros_(weight)
-    nn.init.zeros_(attention.attention_weights.bias)
-    for projection in (attention.value_proj, attention.output_proj):
-        nn.init.xavier_uniform_(projection.weight)
-        nn.init.zeros_(projection.bias)
 
 
 def _normed_conv(channels: int, norm_groups: int, *, kernel_size: int) -> nn.Sequential:
@@ -196,7 +159,7 @@ def _to_tokens(level: Tensor) -> Tensor:
 
 
 def _cell_centres(sizes: Sequence[tuple[int, int]], *, device: torch.device) -> Tensor:
-    """Centre of every cell as (x, y) in [0, 1], the same for each level: float[1, S, levels, 2]."""
+    """Centre of every cell, level after level, as (x, y) in [0, 1]: float[S, 2]."""
     centres = []
     for height, width in sizes:
         y, x = torch.meshgrid(
@@ -205,4 +168,4 @@ def _cell_centres(sizes: Sequence[tuple[int, int]], *, device: torch.device) -> 
             indexing="ij",
         )
         centres.append(torch.stack([x, y], dim=-1).flatten(0, 1))
-    return torch.cat(centres)[None, :, None, :].expand(1, -1, len(sizes), 2)
+    return torch.cat(centres)

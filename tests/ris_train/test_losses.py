@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from unittest.mock import patch
 
@@ -12,20 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ris_cache.store.tables import NO_CATEGORY
 from ris_train.config import LossConfig
 from ris_train.losses import (
     Targets,
     dfam_losses,
     dice_loss,
     related_pairs,
-    sample_at,
     text_loss,
     total_loss,
-    uncertain_points,
 )
 from ris_train.matching import Matching
 from ris_train.model.dfam import DfamPrediction
 from ris_train.model.segmenter import ModelOutputs
+from ris_train.points import sample_at, uncertain_points
 
 LN3 = math.log(3)  # sigmoid(ln 3) = 3/4, sigmoid(−ln 3) = 1/4
 
@@ -170,6 +171,39 @@ def test_a_sample_is_never_left_out_of_its_own_expression(
     assert torch.equal(related, related.T)
 
 
+def related_pair_by_pair(
+    image_ids: list[int], ann_ids: list[frozenset[int]], category_ids: list[int], *, exclude: str
+) -> Tensor:
+    """As the docstring of `related_pairs` says it."""
+    related = torch.zeros(len(image_ids), len(image_ids), dtype=torch.bool)
+    for first, second in itertools.permutations(range(len(image_ids)), 2):
+        shares_target = image_ids[first] == image_ids[second] and bool(ann_ids[first] & ann_ids[second])
+        shares_category = category_ids[first] == category_ids[second] != NO_CATEGORY
+        related[first, second] = (exclude != "none" and shares_target) or (
+            exclude == "category" and shares_category
+        )
+    return related
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(-1, 2),
+            st.frozensets(st.integers(0, 4) | st.just(2**40), max_size=4),
+            st.integers(0, 2) | st.just(NO_CATEGORY),
+        ),
+        max_size=8,
+    ),
+    st.sampled_from(["referent", "category", "none"]),
+)
+def test_related_pairs_are_those_found_pair_by_pair(
+    samples: list[tuple[int, frozenset[int], int]], exclude: str
+) -> None:
+    columns = [list(column) for column in zip(*samples, strict=True)] or [[], [], []]
+    found = related_pairs(*columns, exclude=exclude)
+    assert torch.equal(found, related_pair_by_pair(*columns, exclude=exclude))
+
+
 def test_a_mask_read_at_its_cell_centres_is_itself() -> None:
     """The centre of row r, column c is x = (c + 1/2)/W, y = (r + 1/2)/H."""
     height, width = 3, 5
@@ -205,6 +239,19 @@ def test_the_most_uncertain_candidates_are_kept() -> None:
         found = sample_at(logits[row : row + 1], points[row : row + 1])[0]
         torch.testing.assert_close(found[:6].sort().values, nearest_to_zero.sort().values)
     assert torch.equal(points[:, 6:], uniform)
+
+
+def test_points_of_several_layers_are_drawn_for_each() -> None:
+    """Row l, m of the layers' points has its own candidates, and a part gets its rows of the whole batch's."""
+    logits = torch.randn(3, 5, 6, 6)
+    options = {"num_points": 40, "oversample": 3.0, "importance_ratio": 0.75}
+    whole = uncertain_points(logits, **options, generator=torch.Generator().manual_seed(1))
+    assert whole.shape == (3, 5, 40, 2)
+    assert len({row.sum().item() for row in whole.flatten(0, 1)}) == 15
+    part = uncertain_points(
+        logits[:, 1:3], **options, first=1, total=5, generator=torch.Generator().manual_seed(1)
+    )
+    assert torch.equal(part, whole[:, 1:3])
 
 
 def test_three_quarters_of_the_points_lie_where_the_logits_are_near_zero() -> None:
@@ -254,7 +301,7 @@ def test_dfam_losses_of_one_layer_by_hand() -> None:
         is_related=torch.zeros(1, 1, dtype=torch.bool),
     )
     with patch("torch.rand", side_effect=lambda *size, **_: torch.full(size, 0.5)):
-        dice, bce, vl = dfam_losses(prediction, targets, LossConfig(num_points=4))
+        dice, bce, vl = dfam_losses([prediction], targets, LossConfig(num_points=4))
     assert dice.item() == pytest.approx(1 / 8)
     assert bce.item() == pytest.approx(math.log(4 / 3))
     assert vl.item() == pytest.approx(2 * math.log(2))
@@ -274,7 +321,7 @@ def test_a_query_is_compared_with_the_target_it_is_matched_to() -> None:
         is_related=torch.zeros(1, 1, dtype=torch.bool),
     )
     with patch("torch.rand", side_effect=lambda *size, **_: torch.full(size, 0.5)):
-        dice, bce, _ = dfam_losses(prediction, targets, LossConfig(num_points=4))
+        dice, bce, _ = dfam_losses([prediction], targets, LossConfig(num_points=4))
     assert dice.item() == pytest.approx(0, abs=1e-6)
     assert bce.item() == pytest.approx(0, abs=1e-6)
 
@@ -322,12 +369,15 @@ def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
         dice.append(1 - (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1))
         bce.append(-(mask * np.log(p) + (1 - mask) * np.log(1 - p)).mean())
     torch.manual_seed(4)
-    layers = [dfam_losses(prediction, targets, config) for prediction in outputs.dfam]
+    spread = torch.rand(3 * config.num_points, 2)
+    fixed = patch("torch.rand", side_effect=lambda *size, **_: spread[: size[-2]].expand(size))
+    with fixed:
+        layers = [dfam_losses([prediction], targets, config) for prediction in outputs.dfam]
     dfam_dice, dfam_bce, dfam_vl = (sum(layer[i].item() for layer in layers) for i in range(3))
     expected = 2 * np.mean(dice) + 3 * np.mean(bce) + 0.5 * (7 * dfam_dice + 11 * dfam_bce + 13 * dfam_vl)
 
-    torch.manual_seed(4)
-    loss, terms = total_loss(outputs, targets, config)
+    with fixed:
+        loss, terms = total_loss(outputs, targets, config)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert {name: term.item() for name, term in terms.items()} == pytest.approx(
         {

@@ -1,4 +1,4 @@
-"""Matching against brute force over all assignments, and its costs against the losses."""
+"""Matching against brute force and against matching sample by sample, and its costs against the losses."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import math
 from collections.abc import Iterator
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ris_cache.errors import NonFiniteError
 from ris_train.config import LossConfig
-from ris_train.losses import dice_loss, sample_at
-from ris_train.matching import Matching, match_queries, matching_costs
+from ris_train.losses import dice_loss
+from ris_train.matching import Matching, assign, match_queries, matching_costs
 from ris_train.model.dfam import DfamPrediction
+from ris_train.points import sample_at
 
 CONFIG = LossConfig(dfam_dice=5, dfam_bce=3, dfam_vl=2)
 
@@ -61,8 +64,8 @@ def test_matching_costs_no_more_than_any_other_assignment(
     costs = torch.randn(len(samples), num_queries, generator=generator)
     prediction = random_prediction(generator, samples=len(counts), queries=num_queries)
     with patch("ris_train.matching.matching_costs", return_value=costs):
-        matching = match_queries(
-            prediction, torch.zeros(len(samples), 4, 4), samples, torch.rand(3, 2), LossConfig()
+        (matching,) = match_queries(
+            [prediction], torch.zeros(len(samples), 4, 4), samples, torch.rand(1, 3, 2), LossConfig()
         )
     assert torch.equal(samples[matching.instances], matching.samples)
     assert len(set(matching.instances.tolist())) == len(matching.instances)
@@ -76,6 +79,67 @@ def test_matching_costs_no_more_than_any_other_assignment(
             assert found == pytest.approx(least_cost(costs[samples == sample]), abs=1e-5)
 
 
+def assign_sample_by_sample(costs: np.ndarray, samples: np.ndarray) -> list[tuple[int, int, int]]:
+    """The same pairs (sample, query, instance), from one small problem per sample."""
+    pairs = []
+    for sample in np.unique(samples):
+        instances = np.flatnonzero(samples == sample)
+        rows, queries = linear_sum_assignment(costs[instances])
+        pairs += [
+            (int(sample), int(query), int(instances[row])) for row, query in zip(rows, queries, strict=True)
+        ]
+    return pairs
+
+
+COUNTS = st.lists(st.integers(0, 6), max_size=7)
+
+
+@given(COUNTS, st.integers(1, 5), st.integers(0, 100_000))
+def test_all_samples_at_once_give_the_pairs_of_each_by_itself(
+    counts: list[int], num_queries: int, seed: int
+) -> None:
+    """Costs are drawn from a continuum, so no two assignments cost the same."""
+    samples = np.repeat(np.arange(len(counts)), counts)
+    costs = np.random.default_rng(seed).normal(size=(len(samples), num_queries)) * 10
+    found = assign(costs, samples)
+    assert found.dtype == np.int64
+    assert [tuple(pair) for pair in found.T.tolist()] == assign_sample_by_sample(costs, samples)
+
+
+@given(COUNTS, st.integers(1, 5), st.integers(0, 100_000))
+def test_where_several_assignments_are_best_one_of_them_is_found(
+    counts: list[int], num_queries: int, seed: int
+) -> None:
+    """Costs of 0, 1 and 2 alone: which pairs are chosen is free, what they cost is not."""
+    samples = np.repeat(np.arange(len(counts)), counts)
+    costs = np.random.default_rng(seed).integers(0, 3, size=(len(samples), num_queries)).astype(np.float64)
+    owners, queries, instances = assign(costs, samples)
+    assert (owners == samples[instances]).all()
+    assert len(set(zip(owners.tolist(), queries.tolist(), strict=True))) == len(instances)
+    assert (np.diff(instances) > 0).all()
+    expected = assign_sample_by_sample(costs, samples)
+    assert sorted(owners) == sorted(sample for sample, _, _ in expected)
+    assert costs[instances, queries].sum() == sum(costs[instance, query] for _, query, instance in expected)
+
+
+def test_layers_are_matched_by_their_own_costs_with_one_move_to_the_host() -> None:
+    moves: list[torch.Size] = []
+    generator = torch.Generator().manual_seed(0)
+    layers = [random_prediction(generator, samples=3, queries=4) for _ in range(3)]
+    masks = (torch.rand(6, 8, 8, generator=generator) < 0.5).float()
+    samples = torch.tensor([0, 1, 1, 2, 2, 2])
+    points = torch.rand(3, 20, 2, generator=generator)
+    move = Tensor.cpu
+    with patch.object(Tensor, "cpu", lambda tensor: moves.append(tensor.shape) or move(tensor)):
+        together = match_queries(layers, masks, samples, points, CONFIG)
+    assert len(moves) == 1
+    for index, matching in enumerate(together):
+        (alone,) = match_queries(layers[index : index + 1], masks, samples, points[index : index + 1], CONFIG)
+        for name in ("samples", "queries", "instances"):
+            assert torch.equal(getattr(matching, name), getattr(alone, name))
+    assert len({tuple(matching.queries.tolist()) for matching in together}) > 1
+
+
 @settings(max_examples=30)
 @given(st.integers(0, 100_000))
 def test_matching_of_real_masks_is_best_among_all_assignments(seed: int) -> None:
@@ -84,7 +148,7 @@ def test_matching_of_real_masks_is_best_among_all_assignments(seed: int) -> None
     masks = (torch.rand(5, 8, 8, generator=generator) < 0.5).float()
     samples = torch.tensor([0, 0, 0, 1, 1])
     points = torch.rand(20, 2, generator=generator)
-    matching = match_queries(prediction, masks, samples, points, CONFIG)
+    (matching,) = match_queries([prediction], masks, samples, points.unsqueeze(0), CONFIG)
     costs = costs_by_losses(prediction, masks, samples, points)
     for sample in range(2):
         own = matching.samples == sample
@@ -143,13 +207,30 @@ def test_the_cost_by_hand() -> None:
 def find_in_two_samples(text_logits: Tensor) -> Matching:
     """Two samples whose two queries show the same mask, so that the text decides."""
     prediction = DfamPrediction(torch.zeros(2, 2, 4, 4), text_logits, torch.zeros(2, 2, 2))
-    return match_queries(prediction, torch.ones(2, 4, 4), torch.arange(2), torch.rand(5, 2), CONFIG)
+    return match_queries([prediction], torch.ones(2, 4, 4), torch.arange(2), torch.rand(1, 5, 2), CONFIG)[0]
 
 
 def test_the_text_cost_is_that_of_the_samples_own_expression() -> None:
     """Query 1 of sample 0 fits expression 0, query 0 of sample 1 fits expression 1; the rest misleads."""
     text_logits = torch.tensor([[[-1.0, 9.0], [1.0, -9.0]], [[-9.0, 1.0], [9.0, -1.0]]])
     assert find_in_two_samples(text_logits).queries.tolist() == [1, 0]
+
+
+def test_samples_of_a_part_are_matched_as_in_the_whole_batch() -> None:
+    """Their expressions are not the first of the batch; the text decides, as in the batch above."""
+    text_logits = torch.tensor([[[-1.0, 9.0], [1.0, -9.0]], [[-9.0, 1.0], [9.0, -1.0]]])
+    whole = find_in_two_samples(text_logits).queries.tolist()
+    for row in range(2):
+        prediction = DfamPrediction(torch.zeros(1, 2, 4, 4), text_logits[row : row + 1], torch.zeros(1, 2, 2))
+        (part,) = match_queries(
+            [prediction],
+            torch.ones(1, 4, 4),
+            torch.tensor([0]),
+            torch.rand(1, 5, 2),
+            CONFIG,
+            first_sample=row,
+        )
+        assert part.queries.tolist() == whole[row : row + 1]
 
 
 def test_points_are_x_then_y() -> None:
@@ -169,7 +250,9 @@ def test_matching_carries_no_gradient() -> None:
         torch.randn(1, 2, 1, requires_grad=True),
         torch.zeros(1, 2, 2),
     )
-    matching = match_queries(prediction, torch.ones(1, 4, 4), torch.tensor([0]), torch.rand(5, 2), CONFIG)
+    (matching,) = match_queries(
+        [prediction], torch.ones(1, 4, 4), torch.tensor([0]), torch.rand(1, 5, 2), CONFIG
+    )
     assert not matching.queries.requires_grad
     assert matching.queries.dtype == torch.int64
 
@@ -178,4 +261,4 @@ def test_matching_carries_no_gradient() -> None:
 def test_outputs_that_are_not_finite_stop_the_run(value: float) -> None:
     prediction = DfamPrediction(torch.full((1, 2, 4, 4), value), torch.zeros(1, 2, 1), torch.zeros(1, 2, 2))
     with pytest.raises(NonFiniteError, match="diverged"):
-        match_queries(prediction, torch.ones(1, 4, 4), torch.tensor([0]), torch.rand(5, 2), CONFIG)
+        match_queries([prediction], torch.ones(1, 4, 4), torch.tensor([0]), torch.rand(1, 5, 2), CONFIG)

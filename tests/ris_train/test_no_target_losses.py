@@ -175,20 +175,20 @@ def test_an_expression_for_nothing_is_a_negative_of_every_query() -> None:
 def test_matching_without_instances_matches_nothing() -> None:
     outputs, targets = batch([0, 0])
     assert outputs.dfam is not None
-    matching = match_queries(
-        outputs.dfam[0], targets.instance_masks, targets.instance_samples, torch.rand(7, 2), CONFIG
+    (matching,) = match_queries(
+        outputs.dfam[:1], targets.instance_masks, targets.instance_samples, torch.rand(1, 7, 2), CONFIG
     )
     for indices in (matching.samples, matching.queries, matching.instances):
         assert indices.dtype == torch.int64
         assert indices.shape == (0,)
-    assert [term.item() for term in dfam_losses(outputs.dfam[0], targets, CONFIG)[:2]] == [0, 0]
+    assert [term.item() for term in dfam_losses(outputs.dfam[:1], targets, CONFIG)[:2]] == [0, 0]
 
 
 def test_with_more_targets_than_queries_each_query_gets_another_target() -> None:
     outputs, targets = batch([12, 0, 1], num_queries=5)
     assert outputs.dfam is not None
-    matching = match_queries(
-        outputs.dfam[0], targets.instance_masks, targets.instance_samples, torch.rand(32, 2), CONFIG
+    (matching,) = match_queries(
+        outputs.dfam[:1], targets.instance_masks, targets.instance_samples, torch.rand(1, 32, 2), CONFIG
     )
     of_first = matching.samples == 0
     assert sorted(matching.queries[of_first].tolist()) == [0, 1, 2, 3, 4]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,7 @@ from typing import Literal
 import pytest
 import torch
 from torch import nn
+from torch.optim import AdamW
 
 from ris_cache.encoders.spec import TINY
 from ris_train.config import BertConfig, ModelConfig, TrainConfig
@@ -139,6 +141,47 @@ def test_without_a_gradient_decay_shrinks_what_is_decayed_and_nothing_else() -> 
     for name, parameter in model.named_parameters():
         factor = 0.95 if group_of.get(name) == "decayed" else 1.0
         torch.testing.assert_close(parameter.detach(), factor * before[name], msg=name)
+
+
+def test_one_kernel_steps_as_the_plain_optimiser_does() -> None:
+    """Six steps of random gradients at a moving rate, against torch's loop over the parameters."""
+    ours = build()
+    theirs = copy.deepcopy(ours)
+    fused = build_optimiser(ours, TrainConfig(lr=1e-2, weight_decay=0.05))
+    assert fused.defaults["fused"]
+    copies = dict(theirs.named_parameters())
+    name_of = {id(parameter): name for name, parameter in ours.named_parameters()}
+    plain = AdamW(
+        [
+            {
+                "params": [copies[name_of[id(parameter)]] for parameter in group["params"]],
+                "weight_decay": group["weight_decay"],
+            }
+            for group in fused.param_groups
+        ],
+        foreach=False,
+    )
+    generator = torch.Generator().manual_seed(0)
+    for step in range(6):
+        for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            other.grad = parameter.grad.clone()
+        for optimiser in (fused, plain):
+            set_rate(optimiser, step, TrainConfig(lr=1e-2, steps=6))
+            optimiser.step()
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter, copies[name], rtol=1e-5, atol=1e-6, msg=name)
+    state, expected = (optimiser.state_dict()["state"] for optimiser in (fused, plain))
+    for index, moments in expected.items():
+        assert state[index].keys() == moments.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for kind, moment in moments.items():
+            torch.testing.assert_close(state[index][kind], moment, rtol=1e-5, atol=1e-7)
+
+
+def test_parameters_that_the_one_kernel_cannot_take_are_stepped_plainly() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    assert not build_optimiser(model, TrainConfig()).defaults["fused"]
 
 
 def test_the_recipe_is_that_of_the_paper() -> None:
