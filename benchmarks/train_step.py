@@ -5,6 +5,7 @@
     python benchmarks/train_step.py --preset paper --batch 32 --precision bf16 --device cuda
     python benchmarks/train_step.py --grouped 1,2,4
     python benchmarks/train_step.py --startup 140000
+    python benchmarks/train_step.py --larger 10 --images 300 --steps 60
 
 Images are drawn and extracted with random weights, which change nothing about speed; the page cache is warm.
 The step is that of `ris train`: batches built on a thread ahead, forward, losses, backward, clipping, AdamW.
@@ -14,7 +15,8 @@ of one large matrix product, and its bytes at that of one large copy, both measu
 
 `--grouped` measures steps with k expressions of each image in a batch, which share its features and what the
 image alone decides. `--startup` measures the way from nothing to the first step over tables of so many
-expressions, and of a tenth of them. On a CPU, peak memory counts what earlier ways have freed.
+expressions, and of a tenth of them. `--larger` draws a set and one so many times as large, trains on each in
+a process of its own and compares speed and memory. On a CPU, peak memory counts what earlier ways have freed.
 """
 
 from __future__ import annotations
@@ -34,8 +36,17 @@ from typing import Any
 
 import torch
 from layouts import report as machine_report
-from training import report, startup
-from training.bench import Bench, LoopedMaskDecoder, batches, live_batch, make_model, prepare
+from training import larger, report, startup
+from training.bench import (
+    Bench,
+    LoopedMaskDecoder,
+    batches,
+    draw_cache,
+    live_batch,
+    load_encoders,
+    make_model,
+    prepare,
+)
 from training.ceilings import Work, count_work, measure_ceilings
 from training.clock import StepClock
 from training.large import write_large_cache
@@ -51,6 +62,7 @@ _LIVE = "(b) frozen encoders in every step"
 _IMAGES = {("tiny", "cpu"): 64, ("tiny", "cuda"): 128, ("paper", "cpu"): 2, ("paper", "cuda"): 64}
 _STEPS = {("tiny", "cpu"): 20, ("tiny", "cuda"): 50, ("paper", "cpu"): 1, ("paper", "cuda"): 30}
 _STARTUP_STEPS = 10
+_LARGER_IMAGES, _LARGER_STEPS = 300, 60
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,14 +94,17 @@ def _run(options: argparse.Namespace, root: Path, command: str) -> dict[str, Any
         f"{options.precision}, {started}",
     ]
     print(*heading, "", sep="\n\n" if options.markdown else "\n", flush=True)
-    num_images = options.images or _IMAGES[options.preset, device.type]
-    bench = prepare(options.preset, root, num_images=num_images, batch_size=options.batch, device=device)
-    if options.startup:
-        found = _startup(bench, root, options)
-    elif options.grouped:
-        found = _grouped(bench, options)
+    if options.larger:
+        found = _larger(root, options)
     else:
-        found = _ways(bench, options)
+        num_images = options.images or _IMAGES[options.preset, device.type]
+        bench = prepare(options.preset, root, num_images=num_images, batch_size=options.batch, device=device)
+        if options.startup:
+            found = _startup(bench, root, options)
+        elif options.grouped:
+            found = _grouped(bench, options)
+        else:
+            found = _ways(bench, options)
     return {"command": command, "date": started, "machine": asdict(machine), **found}
 
 
@@ -173,6 +188,21 @@ def _startup(bench: Bench, root: Path, options: argparse.Namespace) -> dict[str,
     return {"startup": runs}
 
 
+def _larger(root: Path, options: argparse.Namespace) -> dict[str, Any]:
+    encoders = load_encoders(options.preset, torch.device(options.device))
+    runs = []
+    for factor in (1, options.larger):
+        num_images = factor * (options.images or _LARGER_IMAGES)
+        cache_root = draw_cache(encoders, root / f"x{factor}", num_images)
+        arguments = (cache_root, options.steps or _LARGER_STEPS, options.batch)
+        found = subprocess.run(
+            [sys.executable, larger.__file__, *map(str, arguments)], check=True, stdout=subprocess.PIPE
+        )
+        runs.append(json.loads(found.stdout))
+    print(*report.larger_table(runs, markdown=options.markdown), sep="\n")
+    return {"larger": runs}
+
+
 def _check_options(options: argparse.Namespace) -> None:
     """Refuse what would only fail after minutes."""
     device = torch.device(options.device)
@@ -180,8 +210,9 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ConfigError(f"This benchmark runs on cpu and cuda, not on {device}.", device=options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {options.device}: torch sees no GPU; leave it out.", device=device)
-    if options.startup and (options.preset, device.type) != ("tiny", "cpu"):
-        raise ConfigError("--startup takes preset tiny on a CPU; leave --preset and --device out.")
+    for name in ("startup", "larger"):
+        if getattr(options, name) and (options.preset, device.type) != ("tiny", "cpu"):
+            raise ConfigError(f"--{name} takes preset tiny on a CPU; leave --preset and --device out.")
     if options.json is not None and not options.json.parent.is_dir():
         raise ConfigError(f"--json: there is no directory {options.json.parent}.", path=options.json)
     if options.dir is not None and not options.dir.is_dir():
@@ -203,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--images", type=_positive, help="images drawn (by preset and device)")
     add("--grouped", type=_numbers, metavar="K,…", help="measure k expressions per image instead")
     add("--startup", type=_tenfold, metavar="N", help="measure starting up with N expressions instead")
+    add("--larger", type=_factor, metavar="K", help="measure training on K times as many images instead")
     add("--dir", type=Path, help="where to put the files for a while (the system's temporary directory)")
     add("--json", type=Path, metavar="FILE", help="write the results there")
     add("--markdown", action="store_true", help="print Markdown tables")
@@ -222,6 +254,12 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _tenfold(text: str) -> int:
     if _positive(text) < 1000:
         raise argparse.ArgumentTypeError(f"{text} is fewer than 1000 expressions")
+    return int(text)
+
+
+def _factor(text: str) -> int:
+    if _positive(text) == 1:
+        raise argparse.ArgumentTypeError("1 is not larger")
     return int(text)
 
 

@@ -35,6 +35,32 @@ def keep_freed_memory() -> bool:
     return all(mallopt(option, value) == 1 for option, value in settings)
 
 
+def return_freed_memory() -> None:
+    """Give back to the system what was freed and kept: by Arrow, if it is loaded, and by glibc.
+
+    Reading the tables of a large dataset passes through ten times the memory that is held of them in the end.
+    """
+    arrow = sys.modules.get("pyarrow")
+    if arrow is not None:
+        arrow.default_memory_pool().release_unused()
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def own_memory() -> int:
+    """Return the bytes resident for this process alone; 0 where the system is not Linux.
+
+    What is mapped of files is not counted: it belongs to the page cache.
+    """
+    try:
+        lines = (_PROC / "self" / "status").read_text().splitlines()
+    except OSError:  # no Linux
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:"))
+
+
 def available_memory() -> int:
     """Return the bytes that programs and page cache can still take.
 

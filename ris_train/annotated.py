@@ -31,7 +31,7 @@ class AnnotatedSplits:
     """
 
     table_name: str
-    splits: dict[str, tuple[Sample, ...]]
+    splits: Mapping[str, Sequence[Sample]]
     quarantined: dict[str, int]
     is_whole: dict[str, bool]
     known: frozenset[SampleId]

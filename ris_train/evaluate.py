@@ -5,7 +5,9 @@ B samples of a batch, n of them on one grid, S side of the logits' grid, h and w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ris_cache.ahead import map_ahead
+from ris_cache.ahead import run_ahead
+from ris_cache.store.batch import FeatureBatch
 from ris_train.data.batch import BatchBuilder
 from ris_train.data.samples import Sample
 from ris_train.frames import logit_of, to_grid
@@ -72,15 +75,13 @@ def count_samples(
     was_training = model.training
     model.eval()
     try:
-        batches = map_ahead(
-            lambda indices: _prepare(indices, [samples[index] for index in indices], builder, truth, views),
-            image_batches([sample.image_id for sample in samples], batch_size),
-            workers=1,
-            depth=2,
-        )
-        with tqdm(
-            total=len(samples), unit="expr", desc="evaluate", leave=False, disable=not show_progress
-        ) as bar:
+        prepared = _prepare_all(samples, builder, truth, views, batch_size)
+        with (
+            closing(run_ahead(prepared, depth=2)) as batches,
+            tqdm(
+                total=len(samples), unit="expr", desc="evaluate", leave=False, disable=not show_progress
+            ) as bar,
+        ):
             for batch in batches:
                 outputs = model(batch.inputs, with_dfam=with_dfam)
                 found = _count_batch(outputs.mask_logits, batch, views, keep_mask)
@@ -140,15 +141,33 @@ class _Prepared:
     groups: list[_Group]
 
 
+def _prepare_all(
+    samples: Sequence[Sample],
+    builder: BatchBuilder,
+    truth: GroundTruth,
+    views: Sequence[View],
+    batch_size: int,
+) -> Generator[_Prepared, None, None]:
+    """Build all batches; runs on a thread of its own, ahead of the model."""
+    image_ids = [sample.image_id for sample in samples]
+    current, coming = itertools.tee(
+        (indices, [samples[index] for index in indices]) for indices in image_batches(image_ids, batch_size)
+    )
+    parts = (chosen for _, chosen in coming)
+    with closing(builder.read_ahead(parts, is_grouped=True)) as features:
+        for indices, chosen in current:
+            yield _prepare(indices, chosen, builder, truth, views, next(features))
+
+
 def _prepare(
     indices: list[int],
     samples: list[Sample],
     builder: BatchBuilder,
     truth: GroundTruth,
     views: Sequence[View],
+    features: FeatureBatch,
 ) -> _Prepared:
-    """Build a batch; runs on a thread of its own, ahead of the model."""
-    inputs = builder.grouped_inputs(samples)
+    inputs = builder.grouped_inputs(samples, features)
     device = inputs.token_ids.device
     group_pixels = _GROUP_PIXELS["cuda" if device.type == "cuda" else "cpu"]
     members: dict[tuple[str, tuple[int, int]], list[int]] = {}

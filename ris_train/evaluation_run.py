@@ -37,7 +37,7 @@ class _Split:
     """One selection: its samples, how many the cache could not give, and whether it holds the whole split."""
 
     selection: Selection
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]
     quarantined: int
     is_whole: bool
 

@@ -55,6 +55,11 @@ class GroundTruth:
         """Take instances and sizes from a cache's tables."""
         return cls({name: cache.instances(name) for name in dict.fromkeys(table_names)}, cache.sizes)
 
+    @property
+    def instances(self) -> Mapping[str, Mapping[int, InstanceRecord]]:
+        """By ann_id, of each table by its name."""
+        return self._instances
+
     def frame_size(self, sample: Sample) -> tuple[int, int]:
         """(H, W) of the sample's image."""
         return self._sizes[sample.image_id]

@@ -12,7 +12,7 @@ from ris_cache.store.cache import FeatureCache
 from ris_train.config import RunConfig
 from ris_train.data.batch import BatchBuilder, default_category_source
 from ris_train.data.merge import require_one_split
-from ris_train.data.samples import Sample, load_samples
+from ris_train.data.samples import Sample, Samples, load_samples
 from ris_train.data.text import Tokenizer
 from ris_train.evaluate import count_samples
 from ris_train.model.segmenter import RisModel
@@ -24,6 +24,8 @@ from ris_train.truth import GroundTruth
 
 class Validation:
     """`data.val` with its rule set: `data.rules`, or the one of its dataset.
+
+    `size`, `label`, `rules` and `truth` say what is scored, by what and against what.
 
     Args:
         cache: holds the selection.
@@ -60,8 +62,8 @@ class Validation:
         )
         limit = config.train.val_samples
         if limit is not None and limit < len(samples):
-            samples = tuple(samples[index * len(samples) // limit] for index in range(limit))
-        self._samples = tuple(samples)
+            samples = [samples[index * len(samples) // limit] for index in range(limit)]
+        self._samples = Samples.of(samples)
         self._batch_size = config.train.batch_size
         self._builder = BatchBuilder(
             cache,
@@ -72,7 +74,7 @@ class Validation:
         )
         # Without this, a category that is missing would come to light at the first evaluation, hours later.
         self._builder.require_categories(samples)
-        self._truth = GroundTruth.from_cache(cache, sorted({sample.table_name for sample in samples}))
+        self.truth = GroundTruth.from_cache(cache, sorted({sample.table_name for sample in samples}))
 
     def score(self, model: RisModel, ranks: Ranks | None = None) -> Scores:
         """Score a model on at most `train.val_samples` expressions.
@@ -82,12 +84,12 @@ class Validation:
             ranks: processes that share the work, each its own images; every one returns the scores of all.
         """
         ranks = ranks or Ranks(0, 1, torch.device("cpu"))
-        image_ids = [sample.image_id for sample in self._samples]
+        image_ids = self._samples.column("image_id").tolist()
         counts = count_samples(
             model,
-            [self._samples[position] for position in shard(image_ids, ranks.rank, ranks.world)],
+            self._samples.select(shard(image_ids, ranks.rank, ranks.world)),
             self._builder,
-            self._truth,
+            self.truth,
             views=[self.rules.view],
             batch_size=self._batch_size,
         )

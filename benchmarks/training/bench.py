@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ris_cache import FeatureCache
-from ris_cache.ahead import map_ahead
+from ris_cache.ahead import run_ahead
 from ris_cache.datasets import Selection
 from ris_cache.datasets.shapes import write_shapes_dataset
 from ris_cache.encoders.frozen import FrozenEncoders
@@ -70,18 +72,28 @@ class LoopedMaskDecoder(nn.Module):
         return torch.cat(masks)
 
 
-def prepare(preset: str, root: Path, *, num_images: int, batch_size: int, device: torch.device) -> Bench:
-    """Draw images and extract their features with random encoders."""
+def load_encoders(preset: str, device: torch.device) -> FrozenEncoders:
+    """Load encoders with random weights."""
     spec = PRESETS[preset]
-    write_shapes_dataset(root / "data", num_images={"train": num_images}, seed=0)
-    encoders = FrozenEncoders.load(
+    return FrozenEncoders.load(
         spec,
         sam_source=resolve_sam_weights(None, spec.sam, random_seed=0),
         clip_source=resolve_clip_weights(None, spec.clip, random_seed=0),
         device=device,
     )
+
+
+def draw_cache(encoders: FrozenEncoders, root: Path, num_images: int) -> Path:
+    """Draw training images below a directory and extract their features; returns the cache's directory."""
+    write_shapes_dataset(root / "data", num_images={"train": num_images}, seed=0)
     extract([SELECTION], data_root=root / "data", cache_root=root / "feats", encoders=encoders)
-    cache = FeatureCache.open(root / "feats")
+    return root / "feats"
+
+
+def prepare(preset: str, root: Path, *, num_images: int, batch_size: int, device: torch.device) -> Bench:
+    """Draw images and extract their features with random encoders."""
+    encoders = load_encoders(preset, device)
+    cache = FeatureCache.open(draw_cache(encoders, root, num_images))
     config = load_config(
         recipe=preset if preset == "tiny" else "paper-refcoco",
         overrides=[f"model.bert.vocabulary={TINY_VOCABULARY}", f"train.batch_size={batch_size}"],
@@ -106,7 +118,7 @@ def make_model(bench: Bench) -> RisModel:
 def batches(
     bench: Bench, *, expressions_per_image: int = 1, is_grouped: bool = False
 ) -> Generator[Batch, None, None]:
-    """Yield endless batches in the sampler's order, built on a thread ahead of their use.
+    """Yield endless batches in the sampler's order, read and built ahead of their use as `ris train` does.
 
     Args:
         expressions_per_image: k of the image-grouped order.
@@ -131,21 +143,26 @@ def batches(
         selection="train",
         expressions_per_image=expressions_per_image,
     )
+    current, coming = itertools.tee(_chosen(bench, order))
+
+    def build() -> Generator[Batch, None, None]:
+        with closing(builder.read_ahead(coming, is_grouped=is_grouped)) as features:
+            for samples in current:
+                yield builder.training_batch(
+                    samples,
+                    masks,
+                    vl_exclude=bench.config.loss.vl_exclude,
+                    is_grouped=is_grouped,
+                    features=next(features),
+                )
+
+    return run_ahead(build(), depth=_DEPTH)
+
+
+def _chosen(bench: Bench, order: SampleOrder) -> Iterator[list[Sample]]:
     size = bench.config.train.batch_size
-
-    def build(indices: np.ndarray) -> Batch:
-        samples = [bench.samples[index] for index in indices.tolist()]
-        return builder.training_batch(
-            samples, masks, vl_exclude=bench.config.loss.vl_exclude, is_grouped=is_grouped
-        )
-
-    def positions() -> Iterator[np.ndarray]:
-        consumed = 0
-        while True:
-            yield order.take(consumed, size)
-            consumed += size
-
-    yield from map_ahead(build, positions(), workers=1, depth=_DEPTH)
+    for consumed in itertools.count(step=size):
+        yield [bench.samples[index] for index in order.take(consumed, size).tolist()]
 
 
 def live_batch(bench: Bench, batch: Batch, pixels: tuple[Tensor, Tensor]) -> Batch:

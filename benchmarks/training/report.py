@@ -71,3 +71,30 @@ def startup_table(runs: Sequence[dict[str, Any]], *, markdown: bool) -> list[str
         fastest, slowest = run["step_range_ms"]
         rows[len(stages)] += [f"{run['step_ms']:.1f} ({fastest:.1f}-{slowest:.1f})", "", ""]
     return table(tuple(header), [tuple(row) for row in rows], markdown=markdown, ends_with_text=False)
+
+
+def larger_table(runs: Sequence[dict[str, Any]], *, markdown: bool) -> list[str]:
+    """Return speed and memory by size of the drawn set, and what one expression more takes."""
+    first, *_, last = runs
+    steps = list(first["memory"])
+    header = ("images", "expressions", "steps/s", *(f"MB at step {step}" for step in steps))
+    rows = [
+        (
+            f"{run['images']:,}",
+            f"{run['expressions']:,}",
+            f"{run['steps_per_s']:.2f}",
+            *(f"{run['memory'][step] / 1e6:,.0f}" for step in steps),
+        )
+        for run in runs
+    ]
+    more = last["expressions"] - first["expressions"]
+    grown = ", ".join(
+        f"{(last['memory'][step] - first['memory'][step]) / more / 1e3:.2f} KB at step {step}"
+        for step in steps
+    )
+    return [
+        *table(header, rows, markdown=markdown, ends_with_text=False),
+        "",
+        f"Steps per second of the largest set against the smallest: "
+        f"{last['steps_per_s'] / first['steps_per_s']:.2f}. Each expression more took {grown}.",
+    ]

@@ -22,7 +22,7 @@ import torch  # noqa: E402
 
 from ris_cache import FeatureCache  # noqa: E402
 from ris_cache.datasets import Selection  # noqa: E402
-from ris_cache.memory import keep_freed_memory  # noqa: E402
+from ris_cache.memory import keep_freed_memory, own_memory, return_freed_memory  # noqa: E402
 from ris_train.config import load_config  # noqa: E402
 from ris_train.data.batch import BatchBuilder, default_category_source  # noqa: E402
 from ris_train.data.masks import TargetMasks  # noqa: E402
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     stages: list[tuple[str, float, float, int]] = []
 
     def done(stage: str) -> None:
-        stages.append((stage, time.perf_counter() - _START, time.process_time(), _own_memory()))
+        stages.append((stage, time.perf_counter() - _START, time.process_time(), own_memory()))
 
     done("import")
     cache = FeatureCache.open(root)
@@ -62,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
     model, _ = build_model(cache, config, tokenizer, random_seed=0)
     optimiser = build_optimiser(model, config.train)
     done("model")
+    return_freed_memory()
+    done("freed memory returned")
     builder = BatchBuilder(
         cache,
         tokenizer,
@@ -69,9 +71,9 @@ def main(argv: Sequence[str]) -> int:
         category_source=default_category_source(config),
         device=torch.device("cpu"),
     )
-    masks = TargetMasks({TABLE_NAME: cache.instances(TABLE_NAME)}, cache.sizes, config.loss.mask_size)
+    masks = TargetMasks(truth.instances, cache.sizes, config.loss.mask_size)
     order = SampleOrder(
-        [sample.image_id for sample in training],
+        training.column("image_id"),
         seed=0,
         fingerprint=cache.fingerprint.digest,
         selection="train",
@@ -103,15 +105,6 @@ def main(argv: Sequence[str]) -> int:
             }
         )
     )
-    del truth  # held until here, as a run holds it
-    return 0
-
-
-def _own_memory() -> int:
-    """Resident bytes without the page cache's: what is mapped of files is theirs, not this process'."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) << 10
     return 0
 
 

@@ -11,11 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+import numpy as np
+
 from ris_cache.datasets.leakage import leaking_images
 from ris_cache.datasets.selection import Selection, matching_splits, parse_selections
 from ris_cache.errors import CacheMissError, ConfigError
 from ris_cache.store.cache import CategorySet, FeatureCache
-from ris_train.data.samples import Sample, load_samples
+from ris_train.data.samples import Samples, load_samples
 
 EVALUATION_SPLITS: Final[dict[str, tuple[str, ...]]] = {
     "refcoco.unc": ("val", "testA", "testB"),
@@ -81,7 +83,7 @@ class TrainingPart:
 class TrainingSet:
     """The samples that a run trains on, and how they came about; samples lie part after part."""
 
-    samples: tuple[Sample, ...]
+    samples: Samples
     parts: tuple[TrainingPart, ...]
 
     @property
@@ -138,33 +140,34 @@ def load_training_set(
     if val is not None:
         looked_at.add(require_one_split(val, "data.val").table_name)
     evaluated = evaluation_images(cache, selections, looked_at)
-    leaking = {image_id for image_ids in evaluated.values() for image_id in image_ids}
-    samples: list[Sample] = []
+    leaking = list({image_id for image_ids in evaluated.values() for image_id in image_ids})
+    samples = Samples.of(())
     parts = []
     for one in selections:
         loaded = load_samples(cache, one, text=text)
-        meant = [sample for sample in loaded.samples if with_no_target or not sample.is_no_target]
-        usable = [sample for sample in meant if not sample.is_degenerate]
-        clean = [sample for sample in usable if sample.image_id not in leaking]
+        whole = Samples.of(loaded.samples)
+        meant = whole if with_no_target else whole.select(~whole.column("is_no_target"))
+        usable = meant.select(~meant.column("is_degenerate"))
+        clean = usable.select(~np.isin(usable.column("image_id"), leaking))
         kept = clean if is_filtered else usable
         name = f"{one.table_name}:{one.split}"
-        shared = leaking_images({name: {sample.image_id for sample in usable}}, evaluated)[name]
+        shared = leaking_images({name: set(usable.column("image_id").tolist())}, evaluated)[name]
         parts.append(
             TrainingPart(
                 selection=name,
                 expressions=len(kept),
-                images=len({sample.image_id for sample in kept}),
+                images=len(np.unique(kept.column("image_id"))),
                 quarantined=loaded.quarantined,
                 degenerate=len(meant) - len(usable),
-                no_target=len(loaded.samples) - len(meant),
+                no_target=len(whole) - len(meant),
                 leaking_images=len(frozenset[int]().union(*shared.values())),
                 leaking_expressions=len(usable) - len(clean),
                 shared={other: len(image_ids) for other, image_ids in shared.items()},
                 is_filtered=is_filtered,
             )
         )
-        samples += kept
-    return TrainingSet(samples=tuple(samples), parts=tuple(parts))
+        samples = samples + kept
+    return TrainingSet(samples=samples, parts=tuple(parts))
 
 
 def require_splits(text: str, key: str) -> tuple[Selection, ...]:

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import re
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-from ris_cache.ahead import map_ahead
+from ris_cache.ahead import run_ahead
+from ris_cache.datasets.records import InstanceRecord
 from ris_cache.encoders.weights import WeightsRecord
 from ris_cache.errors import ConfigError, DataError
+from ris_cache.memory import return_freed_memory
 from ris_cache.store.cache import CategorySet, FeatureCache
 from ris_train.checkpoint import CategoryNames, CheckpointMetadata, build_from_metadata
-from ris_train.config import RunConfig
+from ris_train.config import RunConfig, recipe_head, recipes
 from ris_train.data.batch import BatchBuilder, default_category_source
 from ris_train.data.masks import TargetMasks
 from ris_train.data.merge import TrainingSet, common_categories, load_training_set
 from ris_train.data.sampler import SampleOrder
+from ris_train.data.samples import Sample
 from ris_train.data.text import Tokenizer
 from ris_train.model.segmenter import RisModel
 from ris_train.optim import freeze_untrained
 from ris_train.ranks import Ranks
 from ris_train.training.building import build_model
-from ris_train.training.step import StepBatch, build_step_batch
+from ris_train.training.step import StepBatch, build_step_batch, is_grouped, part_slices
 from ris_train.validation import Validation
+
+Instances = Mapping[str, Mapping[int, InstanceRecord]]
+"""By ann_id, of each table by its name."""
+_BATCHES_AHEAD: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,26 +68,43 @@ class Setup:
             "training_set": [part.as_dict() for part in self.training_set.parts],
         }
 
-    def batches(self, consumed: int, first_step: int) -> Iterator[StepBatch]:
-        """Batches from a place in the order of samples on, without end, built one thread ahead."""
+    def batches(self, consumed: int, first_step: int) -> Generator[StepBatch, None, None]:
+        """Batches of all steps that are left, from a place in the order of samples on.
+
+        They are built on a thread ahead of their use, from features that further threads read ahead of that.
+        All threads have ended when the generator has: close it where training stops early.
+
+        Args:
+            consumed: samples before that place.
+            first_step: the step of the first batch.
+        """
+        return run_ahead(self._built(consumed, first_step), depth=_BATCHES_AHEAD)
+
+    def _built(self, consumed: int, first_step: int) -> Generator[StepBatch, None, None]:
+        """Build the batches of `batches`, each when it is asked for."""
+        config, builder = self.config, self.builder
+        masks = masks_of(self.cache, config, self.training_set, self.validation.truth.instances)
+        current, coming = itertools.tee(self._chosen(consumed, config.train.steps - first_step + 1))
+        parts = (
+            samples[place] for samples in coming for place in part_slices(len(samples), config, self.ranks)
+        )
+        with closing(builder.read_ahead(parts, is_grouped=is_grouped(config))) as features:
+            for step, samples in enumerate(current, first_step):
+                yield build_step_batch(step, samples, builder, masks, config, self.ranks, features)
+
+    def _chosen(self, consumed: int, num_steps: int) -> Iterator[list[Sample]]:
+        """Yield the samples of each batch."""
         config, samples = self.config, self.training_set.samples
-        batch_size = config.train.batch_size
         order = SampleOrder(
-            [sample.image_id for sample in samples],
+            samples.column("image_id"),
             seed=config.train.seed,
             fingerprint=self.cache.fingerprint.digest,
             selection=config.data.train,
             expressions_per_image=config.train.expressions_per_image,
         )
-        masks = masks_of(self.cache, config, self.training_set)
-
-        def build(index: int) -> StepBatch:
-            taken = order.take(consumed + index * batch_size, batch_size)
-            chosen = [samples[position] for position in taken]
-            return build_step_batch(first_step + index, chosen, self.builder, masks, config, self.ranks)
-
-        remaining = max(0, config.train.steps - first_step + 1)
-        return map_ahead(build, range(remaining), workers=1, depth=2)
+        size = config.train.batch_size
+        for index in range(num_steps):
+            yield [samples[position] for position in order.take(consumed + index * size, size).tolist()]
 
 
 def prepare(
@@ -102,7 +129,8 @@ def prepare(
         CacheError: the cache cannot be used, or lacks the selections.
         DataError: nothing usable is selected.
         WeightsError: BERT's weights are missing.
-        ConfigError: fewer expressions in a batch than processes, or as `build_model`.
+        ConfigError: fewer expressions in a batch than processes, a recipe for caches of another preset, or as
+            `build_model`.
     """
     if config.train.batch_size < ranks.world:
         raise ConfigError(
@@ -112,6 +140,8 @@ def prepare(
         )
     torch.manual_seed(config.train.seed)
     cache = FeatureCache.open(cache_root, integrity=config.data.integrity)
+    if resumed is None:
+        require_recipe_for(config.recipe, cache.manifest.preset, cache_root)
     training_set = load_usable(cache, config)
     tokenizer = Tokenizer.load(config.model.bert, config.model.max_tokens, keep_sep=config.model.keep_sep)
     validation = Validation(
@@ -131,6 +161,7 @@ def prepare(
         freeze_untrained(model, config.train)
         metadata = resumed.model_copy(update={"config": config, "step": 0, "val": {}})
     model.to(ranks.device)
+    return_freed_memory()
     return Setup(
         cache=cache,
         config=config,
@@ -142,6 +173,33 @@ def prepare(
         model=model,
         metadata=metadata,
     )
+
+
+def require_recipe_for(recipe: str, preset: str, cache_root: Path) -> None:
+    """Refuse a recipe whose sizes are for features of another preset.
+
+    A preset that no recipe ships for is left to whoever made it, and so is a recipe that does not ship.
+
+    Raises:
+        ConfigError: names the recipes for the cache.
+    """
+    presets = {name: _preset_of(recipe_head(name).needs) for name in recipes()}
+    fitting = [name for name, needed in presets.items() if needed == preset]
+    if recipe in presets and fitting and recipe not in fitting:
+        raise ConfigError(
+            f"Recipe {recipe} needs a cache of preset {presets[recipe]}; {cache_root} is of preset {preset}. "
+            f"Choose --recipe {' or '.join(fitting)}, over which --config and --set lay what is to differ, "
+            "or name another cache with --cache.",
+            recipe=recipe,
+            expected=presets[recipe],
+            found=preset,
+        )
+
+
+def _preset_of(needs: str) -> str | None:
+    """Read the preset out of what a recipe says it needs: `a cache of preset paper with refcoco`."""
+    found = re.search(r"\bpreset (\S+)", needs)
+    return None if found is None else found[1]
 
 
 def load_usable(cache: FeatureCache, config: RunConfig) -> TrainingSet:
@@ -183,9 +241,19 @@ def builder_of(
     )
 
 
-def masks_of(cache: FeatureCache, config: RunConfig, training_set: TrainingSet) -> TargetMasks:
-    """Make what rasterises the targets of a training set."""
-    instances = {name: cache.instances(name) for name in training_set.table_names}
+def masks_of(
+    cache: FeatureCache, config: RunConfig, training_set: TrainingSet, known: Instances | None = None
+) -> TargetMasks:
+    """Make what rasterises the targets of a training set.
+
+    Args:
+        cache: of the training set.
+        config: has the loss grid.
+        training_set: what is trained on.
+        known: instances of tables that are loaded already.
+    """
+    known = known or {}
+    instances = {name: known.get(name) or cache.instances(name) for name in training_set.table_names}
     return TargetMasks(instances, cache.sizes, config.loss.mask_size)
 
 

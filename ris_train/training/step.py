@@ -9,13 +9,15 @@ B samples of the batch, b of this process, D_text width of BERT.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from ris_cache.store.batch import FeatureBatch
 from ris_train.config import RunConfig
 from ris_train.data.batch import Batch, BatchBuilder
 from ris_train.data.masks import TargetMasks
@@ -52,6 +54,14 @@ class StepBatch:
     first: int
 
 
+def part_slices(count: int, config: RunConfig, ranks: Ranks) -> list[slice]:
+    """Places in a batch of `count` samples that this process computes, part after part."""
+    own = ranks.slice_of(count)
+    num_parts = min(config.train.accumulate, len(own))
+    borders = [own.start + index * len(own) // num_parts for index in range(num_parts + 1)]
+    return [slice(start, stop) for start, stop in pairwise(borders)]
+
+
 def build_step_batch(
     step: int,
     samples: Sequence[Sample],
@@ -59,33 +69,49 @@ def build_step_batch(
     masks: TargetMasks,
     config: RunConfig,
     ranks: Ranks,
+    features: Iterator[FeatureBatch] | None = None,
 ) -> StepBatch:
-    """Build what this process computes of a batch."""
-    own = ranks.slice_of(len(samples))
-    num_parts = min(config.train.accumulate, len(own))
-    parts = []
-    for index in range(num_parts):
-        start = own.start + index * len(own) // num_parts
-        stop = own.start + (index + 1) * len(own) // num_parts
-        parts.append(
-            builder.training_batch(
-                samples[start:stop],
-                masks,
-                vl_exclude=config.loss.vl_exclude,
-                is_grouped=config.train.expressions_per_image > 1,
-                batch=samples,
-                first=start,
-            )
+    """Build what this process computes of a batch.
+
+    Args:
+        step: counted from 1.
+        samples: of the whole batch.
+        builder: makes the parts.
+        masks: rasterises their targets.
+        config: the whole configuration.
+        ranks: the processes that share the batch.
+        features: of its parts in their order, from `BatchBuilder.read_ahead`; read now by default.
+    """
+    places = part_slices(len(samples), config, ranks)
+    parts = [
+        builder.training_batch(
+            samples[place],
+            masks,
+            vl_exclude=config.loss.vl_exclude,
+            is_grouped=is_grouped(config),
+            batch=samples,
+            first=place.start,
+            features=None if features is None else next(features),
         )
-    token_ids, text_mask = builder.tokens([samples[position] for position in own])
+        for place in places
+    ]
+    if len(parts) == 1:
+        token_ids, text_mask = parts[0].inputs.token_ids, parts[0].inputs.text_mask
+    else:
+        token_ids, text_mask = builder.tokens(samples[places[0].start : places[-1].stop])
     return StepBatch(
         step=step,
         samples=tuple(samples),
         parts=tuple(parts),
         token_ids=token_ids,
         text_mask=text_mask,
-        first=own.start,
+        first=places[0].start,
     )
+
+
+def is_grouped(config: RunConfig) -> bool:
+    """Whether the features of an image are read once for all its samples of a part."""
+    return config.train.expressions_per_image > 1
 
 
 @dataclass(slots=True, kw_only=True)

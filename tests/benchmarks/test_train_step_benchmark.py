@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +19,12 @@ from torch import nn
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # as `python benchmarks/train_step.py` does
-train_step, bench, ceilings, clock, startup = (
+train_step, bench, ceilings, clock, larger, report, startup = (
     importlib.import_module(name)
-    for name in ("train_step", "training.bench", "training.ceilings", "training.clock", "training.startup")
+    for name in (
+        "train_step",
+        *(f"training.{part}" for part in ("bench", "ceilings", "clock", "larger", "report", "startup")),
+    )
 )
 sys.path.remove(str(BENCHMARKS))
 
@@ -85,7 +89,7 @@ def test_starting_up_is_measured_for_the_number_asked_for_and_a_tenth(
             assert startup.main(command[2:]) == 0
         return subprocess.CompletedProcess(command, 0, stdout=printed.getvalue())
 
-    monkeypatch.setattr(train_step.subprocess, "run", in_this_process)
+    monkeypatch.setattr(train_step, "subprocess", SimpleNamespace(run=in_this_process, PIPE=subprocess.PIPE))
     small, large = run("--startup 1000 --steps 1 --images 2 --device cpu", tmp_path)["startup"]
     assert 85 <= small["expressions"] < 100 < 900 <= large["expressions"] < 1000  # of train
     for found in (small, large):
@@ -93,6 +97,36 @@ def test_starting_up_is_measured_for_the_number_asked_for_and_a_tenth(
         assert seconds == sorted(seconds)
         assert found["step_ms"] > 0
     assert "first batch" in capsys.readouterr().out
+
+
+def test_a_larger_set_is_trained_on_beside_the_smaller_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def in_this_process(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert command[1] == larger.__file__
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert larger.main(command[2:]) == 0
+        return subprocess.CompletedProcess(command, 0, stdout=printed.getvalue())
+
+    monkeypatch.setattr(train_step, "subprocess", SimpleNamespace(run=in_this_process, PIPE=subprocess.PIPE))
+    one, three = run("--larger 3 --images 1 --batch 2 --steps 2 --device cpu", tmp_path)["larger"]
+    assert (one["images"], three["images"]) == (1, 3)
+    assert 0 < one["expressions"] < three["expressions"]
+    for found in (one, three):
+        assert list(found["memory"]) == ["0", "1", "2"]
+        assert found["steps_per_s"] > 0
+    assert "MB at step 2" in capsys.readouterr().out
+
+
+def test_what_an_expression_takes_is_the_difference_over_both_sets() -> None:
+    """1,000 expressions more and 3 MB before the first step: 3 KB each."""
+    runs = [
+        {"images": 1, "expressions": 10, "steps_per_s": 4.0, "memory": {"0": 10_000_000}},
+        {"images": 9, "expressions": 1010, "steps_per_s": 3.0, "memory": {"0": 13_000_000}},
+    ]
+    said = report.larger_table(runs, markdown=False)[-1]
+    assert "3.00 KB at step 0" in said
+    assert "0.75" in said
 
 
 def test_a_loop_over_samples_decodes_the_same_masks() -> None:
@@ -152,7 +186,11 @@ def test_the_floor_is_the_longer_of_computing_and_moving() -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [("--startup 1000 --preset paper", "--startup takes preset tiny"), ("--json no/such/file", "no/such")],
+    [
+        ("--startup 1000 --preset paper", "--startup takes preset tiny"),
+        ("--larger 10 --preset paper", "--larger takes preset tiny"),
+        ("--json no/such/file", "no/such"),
+    ],
 )
 def test_what_cannot_be_measured_is_refused_at_once(
     options: str, said: str, capsys: pytest.CaptureFixture[str]
@@ -161,7 +199,7 @@ def test_what_cannot_be_measured_is_refused_at_once(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", ["--startup 10", "--grouped 1,0", "--batch many"])
+@pytest.mark.parametrize("options", ["--startup 10", "--larger 1", "--grouped 1,0", "--batch many"])
 def test_numbers_that_mean_nothing_are_refused(options: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train_step.main(shlex.split(options))

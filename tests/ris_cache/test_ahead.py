@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ris_cache.ahead import map_ahead
+from ris_cache.ahead import map_ahead, run_ahead
 
 DEADLINE = 10.0
 """Seconds after which something that must happen has not."""
@@ -150,3 +151,84 @@ def test_a_consumer_that_stops_does_not_wait_for_work_that_has_not_begun() -> No
     closed.join(DEADLINE)
     assert not closed.is_alive()
     assert set(started) <= {0, 1}
+
+
+def numbers(closed: list[str], count: int = 1_000_000) -> Generator[int, None, None]:
+    """Counts, and notes the thread that it is closed from or ends in."""
+    try:
+        yield from range(count)
+    finally:
+        closed.append(threading.current_thread().name)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 9), st.integers(0, 4))
+def test_a_generator_run_ahead_gives_its_items_and_ends(count: int, depth: int) -> None:
+    closed: list[str] = []
+    assert list(run_ahead(numbers(closed, count), depth=depth)) == list(range(count))
+    assert len(closed) == 1
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_a_generator_runs_on_a_thread_of_its_own_and_not_too_far_ahead(depth: int) -> None:
+    made: list[str] = []
+
+    def items() -> Generator[int, None, None]:
+        for item in itertools.count():
+            made.append(threading.current_thread().name)
+            yield item
+
+    results = run_ahead(items(), depth=depth)
+    assert next(results) == 0
+    assert next(results) == 1
+    results.close()
+    assert len(made) <= 2 + depth
+    assert {name.rpartition("_")[0] for name in made} == {"ahead"}
+
+
+def test_a_consumer_that_stops_early_closes_the_generator() -> None:
+    closed: list[str] = []
+    results = run_ahead(numbers(closed), depth=2)
+    assert next(results) == 0
+    assert closed == []
+    results.close()
+    assert len(closed) == 1
+
+
+def test_an_error_of_a_generator_comes_after_what_it_gave_before() -> None:
+    def items() -> Generator[int, None, None]:
+        yield 1
+        raise LookupError("no more")
+
+    results = run_ahead(items(), depth=3)
+    assert next(results) == 1
+    with pytest.raises(LookupError, match="no more"):
+        next(results)
+    assert list(results) == []
+
+
+def test_ctrl_c_while_waiting_ends_thread_and_generator() -> None:
+    """The thread is in the middle of an item when the signal comes, and is waited for."""
+    asked, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def items() -> Generator[int, None, None]:
+        try:
+            asked.set()
+            assert go_on.wait(DEADLINE)
+            yield 1
+        finally:
+            closed.set()
+
+    def interrupt() -> None:
+        assert asked.wait(DEADLINE)
+        time.sleep(0.05)  # until the main thread waits for the item
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(0.05)
+        go_on.set()
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    with pytest.raises(KeyboardInterrupt):
+        next(run_ahead(items(), depth=0))
+    interrupting.join(DEADLINE)
+    assert closed.is_set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,7 +105,16 @@ SAMPLES = [one for one, _, _ in WORKED]
 class SentIds:
     """Builds batches that carry nothing but the samples' sent_ids, as their token ids."""
 
-    def grouped_inputs(self, samples: Sequence[Sample]) -> ModelInputs:
+    def read_ahead(
+        self, parts: Iterable[Sequence[Sample]], *, is_grouped: bool
+    ) -> Generator[list[int], None, None]:
+        """The sent_ids of each part stand for its features."""
+        assert is_grouped
+        for part in parts:
+            yield [one.sent_id for one in part]
+
+    def grouped_inputs(self, samples: Sequence[Sample], features: list[int]) -> ModelInputs:
+        assert features == [one.sent_id for one in samples]
         token_ids = torch.tensor([[one.sent_id] for one in samples])
         none = torch.zeros(len(samples), 0)
         return ModelInputs(

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ris_cache.datasets.segmentation import union_mask
 from ris_cache.datasets.selection import Selection
@@ -15,7 +17,7 @@ from ris_cache.errors import ConfigError
 from ris_cache.store.cache import CategorySet, FeatureCache
 from ris_cache.store.tables import NO_CATEGORY
 from ris_train.config import load_config
-from ris_train.data.batch import BatchBuilder, CategorySource
+from ris_train.data.batch import BatchBuilder, CategorySource, _unions
 from ris_train.data.masks import TargetMasks
 from ris_train.data.samples import Sample, load_samples
 from ris_train.data.text import Tokenizer
@@ -283,3 +285,49 @@ def test_a_sample_without_the_category_that_the_model_reads_is_named(
     assert "'the green heart'" in str(caught.value)
     assert "model.sparse_prompt=cls" in str(caught.value)
     build(cache, tokenizer, categories).require_categories([without])
+
+
+@given(st.lists(st.integers(0, 3), max_size=6), st.integers(0, 2**32))
+def test_a_union_is_where_any_instance_of_the_sample_is(counts: list[int], seed: int) -> None:
+    instances = np.random.default_rng(seed).random((sum(counts), 3, 3)) < 0.5
+    found = _unions(instances, np.array(counts, dtype=np.int64))
+    assert found.shape == (len(counts), 3, 3)
+    first = 0
+    for count, union in zip(counts, found, strict=True):
+        assert np.array_equal(union, instances[first : first + count].any(axis=0))
+        first += count
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_batch_keeps_nothing_of_the_buffers_it_was_read_into(
+    cache: FeatureCache,
+    tokenizer: Tokenizer,
+    categories: CategorySet,
+    samples: tuple[Sample, ...],
+    dtype: str,
+) -> None:
+    """Features as a cache of each precision gives them; float32 is what decoding alone would not copy."""
+    read = cache.read([sample.image_id for sample in samples])
+    as_stored = {
+        "float16": lambda array: array,
+        "bfloat16": lambda array: (array.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16),
+        "float32": lambda array: array.astype(np.float32),
+    }
+    features = replace(
+        read, dtype=dtype, stored={name: as_stored[dtype](array) for name, array in read.stored.items()}
+    )
+    inputs = build(cache, tokenizer, categories).inputs(samples, features)
+    before = inputs.image_embeddings.clone(), inputs.clip_features.clone()
+    for array in features.stored.values():
+        array[:] = 0
+    assert before[0].any()
+    assert torch.equal(inputs.image_embeddings, before[0])
+    assert torch.equal(inputs.clip_features, before[1])
+
+
+def test_features_of_other_samples_are_not_taken(
+    cache: FeatureCache, tokenizer: Tokenizer, categories: CategorySet, samples: tuple[Sample, ...]
+) -> None:
+    features = cache.read([sample.image_id for sample in samples[::-1]])
+    with pytest.raises(AssertionError, match="features of other samples"):
+        build(cache, tokenizer, categories).inputs(samples, features)

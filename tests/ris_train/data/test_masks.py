@@ -1,4 +1,4 @@
-"""Target masks: what is remembered in packed form is what would be drawn afresh."""
+"""Target masks: what is remembered as runs is what would be drawn afresh."""
 
 from __future__ import annotations
 
@@ -35,6 +35,9 @@ def square(ann_id: int) -> InstanceRecord:
     return instance(ann_id, 1, ((left, 2.0, left + 9, 2.0, left + 9, 20.0, left, 20.0),))
 
 
+SQUARE_BYTES = ris_train.data.masks._ENTRY_BYTES + 4 * 50
+"""At most what a square takes on the grids of this file: not half of another one is left to it."""
+
 INSTANCES = {
     10: instance(10, 1, TRIANGLE),
     11: instance(11, 1, TWO_PARTS),
@@ -59,7 +62,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Counter[Segmentation]:
 @pytest.mark.parametrize("side", [1, 5, 8, 13, 64])
 @pytest.mark.parametrize("ann_id", INSTANCES)
 def test_a_mask_is_the_instance_drawn_on_the_grid(ann_id: int, side: int) -> None:
-    """Asked twice, since the second answer is the one that was packed; at sides of every kind."""
+    """Asked twice, since the second answer is from what was remembered; at sides of every kind."""
     record = INSTANCES[ann_id]
     expected = rasterise(record.segmentation, frame_size=SIZES[record.image_id], grid_size=(side, side))
     masks = TargetMasks({TABLE: INSTANCES}, SIZES, side)
@@ -76,7 +79,7 @@ def test_the_instances_of_this_file_are_of_both_kinds_and_not_all_empty() -> Non
 
 
 @given(st.integers(1, 40), st.integers(0, 2**32))
-def test_packing_loses_no_cell_at_any_side(side: int, seed: int) -> None:
+def test_runs_lose_no_cell_at_any_side(side: int, seed: int) -> None:
     cells = np.random.default_rng(seed).random((side, side)) < 0.5
 
     class Given(TargetMasks):
@@ -107,7 +110,7 @@ def test_an_instance_is_drawn_once_while_it_is_remembered(drawn: Counter[Segment
 
 def test_the_one_unused_for_longest_is_forgotten_first(drawn: Counter[Segmentation]) -> None:
     instances = {ann_id: square(ann_id) for ann_id in (1, 2, 3)}
-    masks = TargetMasks({TABLE: instances}, SIZES, 16, max_cached=2)
+    masks = TargetMasks({TABLE: instances}, SIZES, 16, max_bytes=2 * SQUARE_BYTES)
     counted: Callable[[int], int] = lambda ann_id: drawn[instances[ann_id].segmentation]  # noqa: E731
     for ann_id in (1, 2, 1, 3):  # 3 takes the place of 2, since 1 was used after it
         masks.of(TABLE, ann_id)
@@ -117,19 +120,44 @@ def test_the_one_unused_for_longest_is_forgotten_first(drawn: Counter[Segmentati
     assert [counted(ann_id) for ann_id in (1, 2, 3)] == [1, 2, 1]
 
 
-@given(st.lists(st.integers(1, 8), max_size=60), st.integers(1, 5))
+@given(st.lists(st.integers(1, 8), max_size=60), st.integers(0, 5 * SQUARE_BYTES))
 def test_no_more_are_remembered_than_the_bound_and_all_are_right(
-    asked: Sequence[int], max_cached: int
+    asked: Sequence[int], max_bytes: int
 ) -> None:
     instances = {ann_id: square(ann_id) for ann_id in range(1, 9)}
-    masks = TargetMasks({TABLE: instances}, SIZES, 25, max_cached=max_cached)
+    masks = TargetMasks({TABLE: instances}, SIZES, 25, max_bytes=max_bytes)
     for ann_id in asked:
         expected = rasterise(instances[ann_id].segmentation, frame_size=SIZES[1], grid_size=(25, 25))
         assert np.array_equal(masks.of(TABLE, ann_id), expected)
-        assert len(masks._packed) <= max_cached
-    assert len(masks._packed) == min(len(set(asked)), max_cached)
-    # One bit a cell: 625 cells are 78 whole bytes and one bit more.
-    assert all(packed.nbytes == 79 for packed in masks._packed.values())
+        held = sum(runs.nbytes + ris_train.data.masks._ENTRY_BYTES for runs in masks._runs.values())
+        assert held == masks._num_bytes <= max_bytes
+
+
+@given(st.lists(st.sampled_from([*INSTANCES]), max_size=12), st.integers(1, 40))
+def test_many_masks_at_once_are_each_the_one_drawn_alone(asked: list[int], side: int) -> None:
+    """Repeats and none at all too; the bound is below what they take, so some are drawn again."""
+    masks = TargetMasks({TABLE: INSTANCES}, SIZES, side, max_bytes=900)
+    found = masks.many([(TABLE, ann_id) for ann_id in asked])
+    assert found.dtype == np.bool_
+    assert found.shape == (len(asked), side, side)
+    for ann_id, mask in zip(asked, found, strict=True):
+        record = INSTANCES[ann_id]
+        expected = rasterise(record.segmentation, frame_size=SIZES[record.image_id], grid_size=(side, side))
+        assert np.array_equal(mask, expected)
+
+
+def test_all_instances_of_refcoco_are_remembered_on_both_loss_grids() -> None:
+    """50,000 stars of 30 points, more ragged than outlines are, about the size of an object on average."""
+    angles = np.arange(30) * (2 * np.pi / 30)
+    radii = np.random.default_rng(0).uniform(30, 90, (4, 30, 1))
+    stars = (320, 240) + radii * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    for side in (256, 1024):
+        instances = {
+            index: instance(index, 1, (tuple(star.ravel().tolist()),)) for index, star in enumerate(stars)
+        }
+        masks = TargetMasks({TABLE: instances}, {1: (480, 640)}, side)
+        masks.many([(TABLE, index) for index in instances])
+        assert masks._num_bytes / len(stars) * 50_000 < ris_train.data.masks.MAX_BYTES
 
 
 def test_one_ann_id_in_two_tables_is_two_instances() -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from ris_cache.datasets.selection import parse_selections
 from ris_cache.errors import CacheMissError
 from ris_cache.store.cache import FeatureCache
 from ris_cache.store.draft import CacheDraft
-from ris_train.data.samples import Sample, SampleSet, load_samples, shuffle_expressions
+from ris_train.data.samples import Sample, Samples, SampleSet, load_samples, shuffle_expressions
 
 TABLE = "refcoco.unc"
 
@@ -98,7 +99,7 @@ def test_expressions_of_quarantined_images_are_left_out_and_counted(tiny_cache: 
 
     cache = FeatureCache.open(root)
     found = load(cache, "refcoco:val")
-    assert found.samples == tuple(sample for sample in whole.samples if sample.image_id != bad)
+    assert [*found.samples] == [sample for sample in whole.samples if sample.image_id != bad]
     assert found.quarantined == sum(sample.image_id == bad for sample in whole.samples) > 0
     # The image is one of val; what is not asked for is not counted.
     assert load(cache, "refcoco:train").quarantined == 0
@@ -145,6 +146,62 @@ def sample(index: int, image_id: int) -> Sample:
     )
 
 
+IDS = st.integers(-(2**63), 2**63 - 1)
+CATEGORIES = st.integers(-1, 2**31 - 1)
+ANY_SAMPLES = st.lists(
+    st.builds(
+        Sample,
+        table_name=st.sampled_from(["refcoco.unc", "custom.birds", "grefcoco.unc"]),
+        split=st.sampled_from(["train", "val", "testA"]),
+        ref_id=IDS,
+        sent_id=IDS,
+        image_id=IDS,
+        text=st.text(st.characters(), max_size=12),
+        ann_ids=st.lists(IDS, max_size=3).map(tuple),
+        category_id=CATEGORIES,
+        clip_category_id=CATEGORIES,
+        is_degenerate=st.booleans(),
+    ),
+    max_size=8,
+)
+
+
+@given(ANY_SAMPLES, ANY_SAMPLES, st.data())
+def test_columns_give_back_the_samples_they_were_made_of(
+    first: list[Sample], second: list[Sample], data: st.DataObject
+) -> None:
+    """One by one, in slices, in selections and put together; lists do the same."""
+    one, both = Samples.of(first), Samples.of(first) + Samples.of(second)
+    together = first + second
+    assert [*one] == first
+    assert [*both] == together
+    assert (len(both), bool(both)) == (len(together), bool(together))
+    assert both == Samples.of(together)
+    assert Samples.of(both) is both
+    assert [both[index] for index in range(-len(together), 0)] == together
+    part = data.draw(st.slices(len(together)))
+    assert [*both[part]] == together[part]
+    chosen = data.draw(
+        st.lists(st.sampled_from(range(len(together))), max_size=6) if together else st.just([])
+    )
+    assert [*both.select(np.array(chosen, dtype=np.int64))] == [together[index] for index in chosen]
+    kept = both.select(~both.column("is_degenerate"))
+    assert [*kept] == [sample for sample in together if not sample.is_degenerate]
+    # Parts of parts, of texts and ann_ids that both still hold whole.
+    assert [*(kept + both[part])] == [*kept, *both[part]]
+    for name in ("ref_id", "image_id", "category_id", "is_no_target"):
+        assert both.column(name).tolist() == [getattr(sample, name) for sample in together]
+
+
+def test_samples_of_other_values_or_in_another_order_are_others() -> None:
+    samples = [sample(index, image_id=1) for index in range(3)]
+    assert Samples.of(samples) != Samples.of(samples[::-1])
+    assert Samples.of(samples) != Samples.of([*samples[:2], replace(samples[2], text="another")])
+    assert Samples.of(samples) != Samples.of(samples[:2])
+    with pytest.raises(IndexError):
+        Samples.of(samples)[3]
+
+
 @given(st.lists(st.integers(0, 4), max_size=30), st.integers(0, 2**32))
 def test_shuffling_permutes_text_with_its_prediction_within_each_image(
     image_ids: Sequence[int], seed: int
@@ -152,6 +209,7 @@ def test_shuffling_permutes_text_with_its_prediction_within_each_image(
     samples = tuple(sample(index, image_id) for index, image_id in enumerate(image_ids))
     shuffled = shuffle_expressions(samples, seed=seed)
     assert shuffle_expressions(samples, seed=seed) == shuffled
+    assert len(shuffled) == len(samples)
     for before, after in zip(samples, shuffled, strict=True):
         source = int(after.text.removeprefix("expression "))
         assert samples[source].image_id == before.image_id
@@ -166,13 +224,13 @@ def test_shuffling_permutes_text_with_its_prediction_within_each_image(
 
 def test_an_image_of_one_sample_keeps_its_expression() -> None:
     samples = tuple(sample(index, image_id=index) for index in range(20))
-    assert shuffle_expressions(samples, seed=0) == samples
+    assert tuple(shuffle_expressions(samples, seed=0)) == samples
 
 
 def test_another_seed_shuffles_otherwise_and_both_shuffle() -> None:
     """Of 30! orders, two are the same by chance never."""
     samples = tuple(sample(index, image_id=1) for index in range(30))
-    first, second = (shuffle_expressions(samples, seed=seed) for seed in (0, 1))
+    first, second = (tuple(shuffle_expressions(samples, seed=seed)) for seed in (0, 1))
     assert len({samples, first, second}) == 3
 
 
