@@ -63,7 +63,7 @@ def _negatives(exclude: str) -> str:
     left_out = {
         "none": "none: other sentences of the same object count as negatives",
         "referent": "same object, or overlapping targets in one image",
-        "category": "same category; with us also same object or overlapping targets",
+        "category": "same category, for RefCOCO alone; with us also same object or overlapping targets",
     }
     return f"{left_out[exclude]} (`{exclude}`)"
 
@@ -93,10 +93,24 @@ SWITCHED: Final = (
         text=_numbers,
     ),
     Switched(
-        subject="λ_Dice, λ_BCE, λ_VL of DFAM",
-        supplement="5, 5, 1",
-        keys=("loss.dfam_dice", "loss.dfam_bce", "loss.dfam_vl"),
+        subject="λ_DFAM, and λ_Dice, λ_BCE, λ_VL of each of its layers",
+        supplement="1, 5, 5, 1",
+        keys=("loss.dfam", "loss.dfam_dice", "loss.dfam_bce", "loss.dfam_vl"),
         text=_numbers,
+    ),
+    Switched(
+        subject="Grid on which the mask is compared",
+        supplement=NOT_SAID,
+        keys=("loss.mask_size",),
+        text=lambda side: f"{side} × {side}",
+    ),
+    Switched(
+        subject="Points on which DFAM's masks are compared",
+        supplement=NOT_SAID,
+        keys=("loss.num_points", "loss.oversample", "loss.importance_ratio"),
+        text=lambda count, oversample, share: (
+            f"{count:,}, {share:.0%} of them the least certain of {_number(oversample)} times as many"
+        ),
     ),
     Switched(
         subject="Category given to the model",
@@ -180,6 +194,27 @@ SWITCHED: Final = (
 )
 
 UNSWITCHED: Final = (
+    Unswitched(
+        subject="CLIP's input",
+        supplement="the image, resized to 336²",
+        authors="the image squashed to 1024² in 8 bits, then to 336², bicubic",
+        ours="the image, squashed to 336² in one step",
+        why="Decided when features are extracted; one resampling loses less than two.",
+    ),
+    Unswitched(
+        subject="Features on disk",
+        supplement="pickle files",
+        authors="SAM's, if asked for: a pickle of float32 per image",
+        ours="SAM's and CLIP's in a cache, float16",
+        why="Decided when features are extracted: `ris extract --dtype float32`.",
+    ),
+    Unswitched(
+        subject="Size of PWAM",
+        supplement="7.88 M (Table 2)",
+        authors="0.788 M",
+        ours="0.788 M",
+        why="Table 2 is ten times what the layers hold; `ris params` shows both.",
+    ),
     Unswitched(
         subject="Text loss on CLIP's sentence feature",
         supplement="the expression through CLIP's text tower",

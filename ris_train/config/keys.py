@@ -92,7 +92,7 @@ def nearest_key(path: Sequence[object]) -> str:
     """Say which key was meant by an unknown one: of the same section, or of that name in another."""
     section = section_of(path[:-1])
     assert section is not None
-    known, name = list(section.model_fields), str(path[-1])
+    known, name = list(section.model_fields), str(path[-1]).lower()
     nearest = difflib.get_close_matches(name, known, n=1)
     if nearest:
         return f"did you mean {nearest[0]!r}?"

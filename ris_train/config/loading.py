@@ -11,13 +11,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-import yaml
 from pydantic import ValidationError
 
 from ris_cache.errors import ConfigError
 from ris_train.config.keys import from_environment, leaves, nearest_key, section_of
-from ris_train.config.recipes import EXTENDS, read_yaml, recipe_layers
+from ris_train.config.recipes import EXTENDS, recipe_layers
 from ris_train.config.schema import RunConfig
+from ris_train.config.yaml_reading import parse_yaml, read_yaml, shortened
 
 DEFAULT: Final = "default"
 NO_ENVIRONMENT: Final[Mapping[str, str]] = MappingProxyType({})
@@ -75,9 +75,9 @@ def resolve_config(
     """
     layers = [(f"recipe {name}", tree) for name, tree in recipe_layers(recipe)]
     if config_path is not None:
-        layers.append((f"file {config_path}", _read_file(config_path)))
+        layers.append((f"file {config_path}", _read_file(config_path, recipe)))
     for key, (name, value) in from_environment(environment).items():
-        layers.append((name, _nested(key, _parse_value(value, name))))
+        layers.append((name, _nested(key, parse_yaml(value, f"The value of {name}"))))
     layers += [("--set", _parse_override(override)) for override in overrides]
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -98,13 +98,21 @@ def parse_config(tree: Mapping[str, Any], *, origin: str) -> RunConfig:
     return _validate(tree, origin, {})
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _read_file(path: Path, recipe: str) -> dict[str, Any]:
     tree = read_yaml(path)
     if EXTENDS in tree:
         raise ConfigError(
             f"Configuration file {path} names a recipe by {EXTENDS!r}, as recipes do that ship. Leave the "
             f"line out and choose the recipe by --recipe {tree[EXTENDS]}.",
             path=path,
+        )
+    if "recipe" in tree and tree["recipe"] != recipe:
+        named = shortened(tree["recipe"])
+        raise ConfigError(
+            f"Configuration file {path} is of recipe {named}, but would be laid over {recipe!r}. Choose the "
+            "recipe by --recipe, or leave that line out of the file.",
+            path=path,
+            recipe=recipe,
         )
     return tree
 
@@ -128,12 +136,17 @@ def _problems(error: ValidationError, origins: Mapping[str, str]) -> list[str]:
         parts = _key_parts(problem["loc"])
         path = ".".join(map(str, parts))
         is_unknown = problem["type"] == "extra_forbidden"
-        message = f"unknown key; {nearest_key(parts)}" if is_unknown else problem["msg"]
+        message = f"unknown key; {nearest_key(parts)}" if is_unknown else _message(problem["msg"])
         messages.setdefault(path, []).append(message)
-        endings[path] = "" if is_unknown else f" (found {problem['input']!r})"
+        endings[path] = "" if is_unknown else f" (found {shortened(problem['input'])})"
         key = next((key for key in origins if key == path or path.startswith(f"{key}.")), None)
         endings[path] += f", from {origins[key]}" if key is not None else ""
     return [f"{path}: {', or: '.join(found)}{endings[path]}" for path, found in messages.items()]
+
+
+def _message(text: str) -> str:
+    """Pydantic's words in those of YAML."""
+    return text.replace("a valid tuple", "a list, such as [a, b]")
 
 
 def _key_parts(location: tuple[int | str, ...]) -> list[int | str]:
@@ -148,18 +161,11 @@ def _key_parts(location: tuple[int | str, ...]) -> list[int | str]:
 def _parse_override(text: str) -> dict[str, Any]:
     key, separator, value = text.partition("=")
     key = key.strip()
-    if not separator or not key:
-        raise ConfigError(f"--set takes section.key=value, not {text!r}.", override=text)
+    if not separator or not all(key.split(".")):
+        raise ConfigError(f"--set takes section.key=value, not {shortened(text)}.", override=text)
     if key == "recipe":
         raise ConfigError(f"A recipe is chosen by --recipe, not by --set {text}.", override=text)
-    return _nested(key, _parse_value(value, f"--set {text!r}"))
-
-
-def _parse_value(text: str, source: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"The value of {source} is not YAML: {error}", source=source) from error
+    return _nested(key, parse_yaml(value, f"The value of --set {text!r}"))
 
 
 def _nested(key: str, leaf: Any) -> dict[str, Any]:
@@ -182,15 +188,14 @@ def _merge(
     """
     for key, value in over.items():
         inner = (*path, key)
-        if isinstance(value, Mapping):
-            section = base.setdefault(key, {})
-            base[key] = section if isinstance(section, dict) else {}
-            _merge(base[key], value, origin, origins, inner)
-        elif section_of(inner) is None:
+        if section_of(inner) is None:  # a setting, or a key that is none, which `_validate` names
             base[key] = value
             origins[".".join(map(str, inner))] = origin
+        elif isinstance(value, Mapping):
+            _merge(base.setdefault(key, {}), value, origin, origins, inner)
         elif value is not None:
             name = ".".join(inner)
             raise ConfigError(
-                f"{name} ({origin}) is a section, set by {name}.KEY, and cannot be {value!r}.", key=name
+                f"{name} ({origin}) is a section, set by {name}.KEY, and cannot be {shortened(value)}.",
+                key=name,
             )

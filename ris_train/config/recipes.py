@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from ris_cache.errors import ConfigError
+from ris_train.config.yaml_reading import read_yaml
 
 RECIPE_DIR: Final = Path(__file__).parents[1] / "recipes"
 EXTENDS: Final = "extends"
@@ -98,24 +97,3 @@ def recipe_head(name: str) -> RecipeHead:
         cost=cost.strip(),
         extends=read_yaml(path).get(EXTENDS),
     )
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a file of sections; an empty one has none.
-
-    Raises:
-        ConfigError: it is missing, not YAML, or holds something else.
-    """
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"Configuration file {path} cannot be read: {error.strerror}.", path=path
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Configuration file {path} is not YAML: {error}", path=path) from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"Configuration file {path} must hold sections, not {tree!r}.", path=path)
-    return tree

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveRate = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+MAX_WHOLE: Final = 2**53 - 1
+"""Of a whole number: what JSON carries exactly."""
+
+
+def _whole(value: Any) -> Any:
+    """Take 1e5 and 5.0 for the whole numbers that they are, as JSON Schema does."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# Strict: `true`, and numbers in quotes, are no numbers, neither here nor by the JSON Schema.
+Positive = Annotated[int, Field(gt=0, le=MAX_WHOLE, strict=True), BeforeValidator(_whole)]
+NonNegative = Annotated[int, Field(ge=0, le=MAX_WHOLE, strict=True), BeforeValidator(_whole)]
+PositiveRate = Annotated[float, Field(gt=0, strict=True)]
+Weight = Annotated[float, Field(ge=0, strict=True)]
+Share = Annotated[float, Field(ge=0, le=1, strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 
 
 class _Section(BaseModel):
@@ -36,7 +49,7 @@ class BertConfig(_Section):
     num_heads: Positive = 12
     ffn_dim: Positive = 3072
     vocab_size: Positive = 30522
-    dropout: Share = 0.1
+    dropout: Annotated[Share, Field(lt=1)] = 0.1
 
 
 class ModelConfig(_Section):
@@ -62,9 +75,9 @@ class ModelConfig(_Section):
     """
 
     sparse_prompt: Literal["category", "cls"] = "category"
-    no_target_head: bool = False
-    sparse_prompt_ffn: bool = False
-    sparse_prompt_padding: bool = False
+    no_target_head: Switch = False
+    sparse_prompt_ffn: Switch = False
+    sparse_prompt_padding: Switch = False
     dense_prompt_resize: Literal["bilinear", "bicubic"] = "bilinear"
     num_queries: Positive = 100
     num_heads: Positive = 8
@@ -72,8 +85,8 @@ class ModelConfig(_Section):
     pixel_decoder_layers: Positive = 6
     num_deformable_points: Positive = 4
     norm_groups: Positive = 32
-    max_tokens: Annotated[int, Field(ge=3)] = 35
-    keep_sep: bool = True
+    max_tokens: Annotated[int, Field(ge=3, le=MAX_WHOLE, strict=True), BeforeValidator(_whole)] = 35
+    keep_sep: Switch = True
     bert: BertConfig = BertConfig()
 
 
@@ -97,17 +110,17 @@ class LossConfig(_Section):
             (`category`), or none at all (`none`).
     """
 
-    mask_dice: float = 2.0
-    mask_bce: float = 0.5
-    dfam: float = 1.0
-    dfam_dice: float = 5.0
-    dfam_bce: float = 5.0
-    dfam_vl: float = 1.0
-    no_target: float = 0.1
+    mask_dice: Weight = 2.0
+    mask_bce: Weight = 0.5
+    dfam: Weight = 1.0
+    dfam_dice: Weight = 5.0
+    dfam_bce: Weight = 5.0
+    dfam_vl: Weight = 1.0
+    no_target: Weight = 0.1
     no_target_weights: tuple[PositiveRate, PositiveRate] = (0.9, 1.1)
     mask_size: Positive = 1024
     num_points: Positive = 12544
-    oversample: Annotated[float, Field(ge=1)] = 3.0
+    oversample: Annotated[float, Field(ge=1, strict=True)] = 3.0
     importance_ratio: Share = 0.75
     mask_average: Literal["targeted", "all"] = "targeted"
     vl_exclude: Literal["referent", "category", "none"] = "referent"
@@ -169,15 +182,15 @@ class TrainConfig(_Section):
     batch_size: Positive = 32
     accumulate: Positive = 1
     lr: PositiveRate = 5e-5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    weight_decay: Weight = 0.05
     clip_grad_norm: PositiveRate = 0.01
     milestones: tuple[Share, ...] = (0.6, 0.9)
     warmup_steps: NonNegative = 0
     bert_layers: Literal["all"] | NonNegative = "all"
-    bert_embeddings: bool = True
+    bert_embeddings: Switch = True
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    compile: bool = False
-    deterministic: bool = False
+    compile: Switch = False
+    deterministic: Switch = False
     expressions_per_image: Positive = 1
     overfit: Positive | None = None
     eval_every: Positive = 5_000
@@ -185,7 +198,7 @@ class TrainConfig(_Section):
     checkpoint_every: Positive | None = None
     keep_last: Positive = 2
     log_every: Positive = 50
-    trackers: tuple[str, ...] = ()
+    trackers: tuple[Tracker, ...] = ()
     seed: NonNegative = 0
 
 

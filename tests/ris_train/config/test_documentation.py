@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ris_cache.errors import DataError
-from ris_train.config import load_config, recipes
+from ris_train.config import load_config, recipe_head, recipes
 from ris_train.config.deviations import SWITCHED, value_of
 from ris_train.config.documentation import (
     AUTHORS,
@@ -102,9 +102,11 @@ def test_every_setting_and_variable_that_is_named_exists() -> None:
 
 def test_every_command_has_the_options_that_are_shown(ris: Callable[..., Any]) -> None:
     blocks = re.findall(r"^```sh\n(.*?)^```", TEXT, re.M | re.S)
-    lines = [line.partition(" -m cli ")[2] or line for block in blocks for line in block.splitlines()]
+    lines = [line.partition(" cli ")[2] or line for block in blocks for line in block.splitlines()]
     commands = [shlex.split(line.removeprefix("ris "), comments=True) for line in lines if "kill" not in line]
     assert len(commands) > 10
+    # torchrun, which knows every beginning of its options, would refuse --run as one of them.
+    assert all(" -m -- cli " in line for line in TEXT.splitlines() if line.startswith("torchrun "))
     for words in commands:
         count = 2 if words[0] in ("config", "runs") else 1
         shown = ris(*words[:count], "--help")
@@ -119,3 +121,35 @@ def test_the_keys_that_a_resumed_run_may_change_are_those_listed() -> None:
 
     (listed,) = re.findall(r"must be the run's own but for (.*?)\. `train\.milestones`", TEXT, re.S)
     assert set(re.findall(r"`([\w.]+)`", listed)) == MAY_CHANGE
+
+
+def test_the_python_in_the_document_runs(
+    tiny_runs: Path, drawn_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ris_train.pretrained import RISModel
+    from ris_train.run import RunDirectory
+
+    (program,) = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
+    RISModel.from_run(RunDirectory(tiny_runs / "first")).save_pretrained(tmp_path / "first-model")
+    image = next((drawn_data / "images").rglob("*.jpg"))
+    (tmp_path / "street.jpg").write_bytes(image.read_bytes())
+    pushed: list[tuple[str, str]] = []
+    monkeypatch.setattr(RISModel, "push_to_hub", lambda _, name, *, licence: pushed.append((name, licence)))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert names["lady"].mask.dtype == bool
+    assert names["lady"].mask.shape == names["bus"].mask.shape
+    assert pushed == [("owner/name", "apache-2.0")]
+
+
+def test_the_recipe_of_the_demo_states_the_scores_of_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    rows = re.findall(r"refcoco\.unc:(val|testA|testB) +│ +\d+ │ +([\d.]+) │ +([\d.]+)", readme)
+    assert [split for split, *_ in rows] == ["val", "testA", "testB"]
+    overall = ", ".join(f"{split} {score}" for split, score, _ in rows)
+    means = ", ".join(score for *_, score in rows)
+    cost = recipe_head("tiny").cost
+    assert f"oIoU: {overall}; mIoU: {means}." in cost
+    (seconds,) = re.findall(r"training, scores and masks\. (\d+) s\.", readme)
+    assert f"in {seconds} s on two CPU cores" in cost

@@ -98,10 +98,15 @@ def test_an_override_is_a_key_and_a_yaml_value(override: str, path: str, expecte
     assert value == expected
 
 
-def test_the_recipe_asked_for_is_the_one_recorded(tmp_path: Path) -> None:
-    """A file saved by a run names its recipe; laid over another one, it must not claim to be it."""
+def test_a_file_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    """`recipe: gres` in a file must neither be passed over in silence nor stand over another recipe's values."""
     path = write(tmp_path / "saved.yaml", load_config(recipe="paper").model_dump(mode="json"))
-    assert load_config(recipe="tiny", config_path=path).recipe == "tiny"
+    assert load_config(recipe="paper", config_path=path).recipe == "paper"
+    with pytest.raises(ConfigError, match=r"is of recipe 'paper', but would be laid over 'tiny'") as caught:
+        load_config(recipe="tiny", config_path=path)
+    assert str(path) in str(caught.value)
+    with pytest.raises(ConfigError, match="is of recipe 5"):
+        load_config(recipe="tiny", config_path=write(tmp_path / "odd.yaml", {"recipe": 5}))
 
 
 @pytest.mark.parametrize(
@@ -152,6 +157,18 @@ def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
         "model.max_tokens=2",
         "train=5",
         "train.seed=-1",
+        "train.seed=9007199254740992",
+        "train.steps=true",
+        'train.steps="5"',
+        "train.lr=true",
+        'train.lr="0.1"',
+        "train.compile=1",
+        'train.compile="yes"',
+        "train.trackers=[tensorbord]",
+        "train.trackers=tensorboard",
+        "loss.mask_dice=-1",
+        "loss.no_target_weights=[1]",
+        "model.bert.dropout=1",
     ],
 )
 def test_values_out_of_range_are_refused_by_the_name_of_their_key(override: str) -> None:
@@ -176,8 +193,17 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         (b"- train", r"must hold sections, not \['train'\]"),
         (b"just words", "must hold sections, not 'just words'"),
         (b"!!python/object/apply:os.getcwd []", "is not YAML"),
+        (b"train:\n\tlr: 1", r"is not YAML: .*\n.*'\\t'"),
+        (b"train: &a\n  lr: *a", r"is not YAML: aliases such as \*a are not read"),
+        (b"a: &a [x, x]\nb: [*a, *a]", "aliases such as"),
+        (b"train: {milestones: " + 3000 * b"[" + 3000 * b"]" + b"}", "is nested too deeply"),
+        (b"{train: " * 1000 + b"1" + b"}" * 1000, "is nested too deeply"),
+        (b"train: {steps: " + 5000 * b"9" + b"}", "is not YAML: Exceeds the limit"),
+        (b"train: {lr: 2026-13-45}", "is not YAML: month must be in 1..12"),
+        (b"train: {lr: 1}\n---\ntrain: {lr: 2}", "expected a single document"),
+        (b"#" * (1 << 19), "has more than 256 KiB"),
     ],
-    ids=["broken", "binary", "list", "text", "object"],
+    ids=lambda value: value if isinstance(value, str) else str(value[:12]),
 )
 def test_a_file_that_holds_no_sections_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "wrong.yaml"
@@ -233,7 +259,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     assert load_config(recipe="tiny", config_path=path) == load_config(recipe="tiny")
 
 
-@pytest.mark.parametrize("override", ["train.steps", "=5", "  =5"])
+@pytest.mark.parametrize("override", ["train.steps", "=5", "  =5", "train..lr=5", ".lr=5", "train.=5"])
 def test_an_override_without_key_or_value_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match=r"--set takes section\.key=value"):
         load_config(recipe="tiny", overrides=[override])
@@ -242,6 +268,53 @@ def test_an_override_without_key_or_value_is_refused(override: str) -> None:
 def test_an_override_whose_value_is_not_yaml_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"The value of --set 'train\.milestones=\[1' is not YAML"):
         load_config(recipe="tiny", overrides=["train.milestones=[1"])
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        ("train:\n  lr: 1\ntrain:\n  steps: 5\n", "'train' is there twice, first in line 1"),
+        ("train:\n  lr: 1\n  steps: 5\n  lr: 2\n", "'lr' is there twice, first in line 2"),
+        ("train: {lr: 1, 'lr': 2}", "'lr' is there twice, first in line 1"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, content: str, where: str) -> None:
+    """YAML readers keep the last one in silence: of two sections `train` the first would be lost."""
+    path = tmp_path / "twice.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=where):
+        load_config(recipe="tiny", config_path=path)
+    assert load_config(recipe="tiny", overrides=["train={lr: 1, steps: 5}"]).train.steps == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "expected"),
+    [
+        ("train.steps=1e5", "steps", 100_000),
+        ("train.steps=5.0", "steps", 5),
+        ("train.lr=1e-4", "lr", 1e-4),
+        ("train.lr=.5E-3", "lr", 5e-4),
+        ("train.lr=+3.e+0", "lr", 3.0),
+        ("train.lr=1", "lr", 1.0),
+        ("train.bert_layers=1e1", "bert_layers", 10),
+        ("train.val_samples=2e2", "val_samples", 200),
+    ],
+)
+def test_numbers_may_be_written_with_an_exponent(text: str, key: str, expected: float) -> None:
+    found = getattr(load_config(recipe="tiny", overrides=[text]).train, key)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+def test_an_error_shows_where_a_value_is_from_and_not_all_of_a_long_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "long.yaml", {"train": {"lr": {"a": "b" * 10_000}}})
+    with pytest.raises(ConfigError, match=r"train\.lr: .*, from file .*long\.yaml") as caught:
+        load_config(recipe="tiny", config_path=path)
+    assert len(str(caught.value)) < 500
+    with pytest.raises(ConfigError, match=r"trian: unknown key; did you mean 'train'\?, from --set"):
+        load_config(recipe="tiny", overrides=["trian.lr=1"])
+    with pytest.raises(ConfigError, match=r"train\.LR: unknown key; did you mean 'lr'\?"):
+        load_config(recipe="tiny", overrides=["train.LR=1"])
 
 
 def test_an_unknown_recipe_lists_those_there_are() -> None:
