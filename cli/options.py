@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,19 +42,31 @@ def choose_device(name: str | None) -> torch.device:
     """The device asked for, or CUDA if there is one.
 
     Raises:
-        ConfigError: no such device here.
+        ConfigError: it is neither the CPU nor a CUDA device of this machine.
     """
     import torch
 
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name)
+    if match is None:
+        raise _no_device(name, "ris runs on cpu, cuda, or one of several such as cuda:1")
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise _no_device(name, "there is no CUDA device, or this torch was built without CUDA")
+    index, count = int(match[1] or 0), torch.cuda.device_count()
+    if index >= count:
+        raise _no_device(name, f"the last of the CUDA devices here is cuda:{count - 1}")
+    device = torch.device("cuda") if match[1] is None else torch.device("cuda", index)
     try:
-        device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        problem = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(
-            f"Device {name!r} cannot be used here: {problem}. `ris doctor` shows what is there.",
-            device=name,
-        ) from error
+    except RuntimeError as error:
+        raise _no_device(name, str(error).splitlines()[0].rstrip(".")) from error
     return device
+
+
+def _no_device(name: str, problem: str) -> ConfigError:
+    return ConfigError(
+        f"Device {name!r} cannot be used here: {problem}. `ris doctor` shows what is there.", device=name
+    )

@@ -35,6 +35,14 @@ def predict(
     category: Annotated[
         str | None, typer.Option(help="Category of the target; predicted by CLIP if the model reads one.")
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="Instead of a run: a folder that `ris runs export` wrote, or owner/name on the Hugging Face "
+            "hub.",
+        ),
+    ] = None,
     run: RunOption = None,
     runs: RunsOption = DEFAULT_RUNS,
     sam_weights: SamWeightsOption = None,
@@ -49,6 +57,8 @@ def predict(
 
     Example: ris predict --image street.jpg --text "the lady in the blue shirt" --text "the left bus"
     """
+    if model is not None and run is not None:
+        raise ConfigError("--model and --run each name a model; give one of them.")
     if any(not one.strip() for one in text):
         raise ConfigError("The expression is empty; say what to look for with --text.")
     for one in text:
@@ -61,8 +71,13 @@ def predict(
     from ris_train.pretrained import RISModel
     from ris_train.run import find_run
 
-    model = RISModel.from_run(find_run(runs, run), device=choose_device(device))
-    segmenter = Segmenter.load(model, sam_weights=sam_weights, clip_weights=clip_weights)
+    chosen = choose_device(device)
+    trained = (
+        RISModel.from_run(find_run(runs, run), device=chosen)
+        if model is None
+        else RISModel.from_pretrained(model, device=chosen)
+    )
+    segmenter = Segmenter.load(trained, sam_weights=sam_weights, clip_weights=clip_weights)
     stems = [image.stem] if len(text) == 1 else [f"{image.stem}.{number + 1}" for number in range(len(text))]
     found = [
         _Written(one, prediction, *save_prediction(prediction, out, stem))
@@ -70,7 +85,7 @@ def predict(
             text, stems, run_prediction(image, text, segmenter, category=category), strict=True
         )
     ]
-    weights = model.metadata.weight_labels
+    weights = trained.metadata.weight_labels
     if json:
         if len(found) == 1:
             print_json({**found[0].document(), "weights": weights})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -98,8 +99,61 @@ def show(
     _print_problems([(run.path.name, problem) for problem in summary.problems])
 
 
+def export(
+    name: Annotated[str, typer.Argument(help="Run by name or path.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write; empty or not there yet.")],
+    is_last: Annotated[
+        bool, typer.Option("--last/--best", help="Its last checkpoint, or the best one on validation.")
+    ] = False,
+    licence: Annotated[
+        str, typer.Option("--licence", help="For the model card, as the hub names licences: apache-2.0, …")
+    ] = "unknown",
+    runs: RunsOption = DEFAULT_RUNS,
+    json: JsonOption = False,
+) -> None:
+    """Write a run's model as a folder to share: weights, tokenizer, what made it, and a model card.
+
+    `ris predict --model` and RISModel.from_pretrained read it, from the disk or the hub. It is there whole
+    or not at all.
+
+    Example: ris runs export first --out ./first-model
+    """
+    from ris_train.pretrained import export as write_folder
+    from ris_train.pretrained import read_record
+    from ris_train.run import find_run
+
+    checkpoint = "last" if is_last else "best"
+    folder = write_folder(find_run(runs, name), checkpoint, out, licence=licence)
+    record = read_record(folder)
+    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if json:
+        print_json(
+            {
+                "folder": str(folder),
+                "run": record.name,
+                "checkpoint": checkpoint,
+                "step": record.checkpoint.step,
+                "num_bytes": num_bytes,
+                "files": record.files,
+            }
+        )
+        return
+    print_table(
+        f"Model of run {record.name}",
+        ["what", "value"],
+        [
+            ["folder", str(folder)],
+            ["checkpoint", f"{checkpoint}, step {record.checkpoint.step}"],
+            ["size", size(num_bytes)],
+            ["try it", f"ris predict --model {folder} --image FILE --text TEXT"],
+        ],
+        left=("value",),
+    )
+
+
 app.command("list")(guarded(list_))
 app.command("show")(guarded(show))
+app.command("export")(guarded(export))
 
 
 def _print_summary(summary: RunSummary, facts: Mapping[str, Any]) -> None:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,13 +23,19 @@ from cli.options import (
     RunsOption,
     choose_device,
 )
+from cli.signals import SIGNALS, StopRequest
 from cli.train_report import print_plan, print_report
-from ris_cache.errors import ConfigError, StoppedError
+from ris_cache.errors import ConfigError, RisError, StoppedError
 from ris_cache.memory import keep_freed_memory
 
 if TYPE_CHECKING:
+    import torch
+
     from ris_train.config import RunConfig
     from ris_train.training import Progress
+
+_SECONDS_FOR_FIRST = 10.0
+"""How long a process waits for the first one to tell of an error, and for torchrun to end it then."""
 
 
 def train(
@@ -48,7 +59,10 @@ def train(
         ),
     ] = None,
     run: Annotated[
-        str | None, typer.Option("--run", help="Name of the run; recipe and time by default.")
+        str | None,
+        typer.Option(
+            "--run", help="Name of the run, or path of one that is there; recipe and time by default."
+        ),
     ] = None,
     runs: RunsOption = DEFAULT_RUNS,
     resume: Annotated[
@@ -92,35 +106,81 @@ def train(
             overrides.append(f"train.{key}={str(value).lower()}")
     from ris_train.run import new_run_path
 
-    target, from_state = _target(runs, run, resume)
-    resolved = _resolve(cache, recipe, config, overrides, split, target)
+    with _told_by_first():
+        target, from_state = _target(runs, run, resume)
+        resolved = _resolve(cache, recipe, config, overrides, split, target)
+        chosen = choose_device(device)
     run_dir = target or (runs / run if run is not None else new_run_path(runs, resolved.recipe))
     random_seed = resolved.train.seed if random_weights else None
     if dry_run:
-        from ris_train.training.plan import make_plan
-
-        print_plan(make_plan(cache, resolved, random_seed=random_seed), json=json)
+        _plan(cache, resolved, target, from_state, random_seed, json=json)
         return
-    _train(cache, resolved, run_dir, device, random_seed, target is not None, from_state, json=json)
+    _train(cache, resolved, run_dir, chosen, random_seed, target is not None, from_state, json=json)
+
+
+@contextmanager
+def _told_by_first() -> Iterator[None]:
+    """Leave it to the first process to tell of what fails in all of them, before they know of each other.
+
+    torchrun ends the others as soon as the first has ended. One that is left after a while failed alone, and
+    tells.
+    """
+    try:
+        yield
+    except (RisError, OSError):
+        if not _is_first():
+            time.sleep(_SECONDS_FOR_FIRST)
+        raise
 
 
 def _target(runs: Path, run: str | None, resume: str) -> tuple[Path | None, Path | None]:
-    """Say which run is to go on, if one is, and from which of its states, if one is named."""
+    """Say which run is to go on, if one is, and from which of its states, if one is named.
+
+    Raises:
+        ConfigError: a new run is meant, of a name that can be none.
+    """
     if resume == "never":
+        _require_name(run)
         return None, None
     if resume == "auto":
-        is_there = run is not None and (runs / run / "config.yaml").is_file()
-        return (runs / str(run) if is_there else None), None
+        found = None if run is None else _run_that_is_there(runs, run)
+        if found is None:
+            _require_name(run)
+        return found, None
     from ris_train.training.resume import resume_target
 
-    found, state = resume_target(Path(resume))
-    if run is not None and (runs / run).resolve() != found.path.resolve():
+    resumed, state = resume_target(Path(resume))
+    if run is not None and resumed.path not in ((runs / run).resolve(), Path(run).resolve()):
         raise ConfigError(
-            f"--resume {resume} goes on with the run {found.path}, but --run names "
+            f"--resume {resume} goes on with the run {resumed.path}, but --run names "
             f"{runs / run}. Leave one out.",
             run=run,
         )
-    return found.path, state
+    return resumed.path, state
+
+
+def _run_that_is_there(runs: Path, run: str) -> Path | None:
+    """Find a run by its name, or by a path, as the commands do that read runs."""
+    candidates = [runs / run] if _is_name(run) else [runs / run, Path(run)]
+    return next((path for path in candidates if (path / "config.yaml").is_file()), None)
+
+
+def _require_name(run: str | None) -> None:
+    """Refuse a name under which `ris runs list` would not find a new run.
+
+    Raises:
+        ConfigError: it is empty, a path, or holds what cannot be printed.
+    """
+    if run is not None and not _is_name(run):
+        raise ConfigError(
+            f"--run {run!r} cannot name a new run: that takes one folder name of printable characters, below "
+            "--runs. To go on with one, give its name or path; `ris runs list` shows those there are.",
+            run=run,
+        )
+
+
+def _is_name(run: str) -> bool:
+    return run.isprintable() and bool(run.strip()) and run not in (".", "..") and "/" not in run
 
 
 def _resolve(
@@ -154,32 +214,58 @@ def _resolve(
     )
 
 
+def _plan(
+    cache: Path,
+    config: RunConfig,
+    target: Path | None,
+    from_state: Path | None,
+    random_seed: int | None,
+    *,
+    json: bool,
+) -> None:
+    from ris_train.run import RunDirectory
+    from ris_train.training.plan import make_plan
+
+    with _told_by_first():
+        plan = make_plan(
+            cache,
+            config,
+            random_seed=random_seed,
+            resumed=None if target is None else RunDirectory(target),
+            from_state=from_state,
+            say=lambda message: typer.echo(message, err=True),
+        )
+    if _is_first():
+        print_plan(plan, json=json)
+
+
 def _train(
     cache: Path,
     config: RunConfig,
     run_dir: Path,
-    device: str | None,
+    device: torch.device,
     random_seed: int | None,
     is_resumed: bool,
     from_state: Path | None,
     *,
     json: bool,
 ) -> None:
-    from cli.signals import SIGNALS, StopRequest
     from cli.train_progress import TrainProgress
+    from ris_train.ranks import OtherRankError
     from ris_train.training import train as run_training
 
-    chosen = choose_device(device)
-    if chosen.type == "cpu":
+    if device.type == "cpu":
         keep_freed_memory()
     progress: Progress = TrainProgress()
-    with StopRequest("after this step", signals=(*SIGNALS, signal.SIGUSR1)) as stop:
+    is_one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    request = _StopOfAll if is_one_of_several else StopRequest
+    with request("after this step", signals=(*SIGNALS, signal.SIGUSR1)) as stop:
         try:
             report = run_training(
                 cache,
                 config,
                 run_dir,
-                device=chosen,
+                device=device,
                 random_seed=random_seed,
                 resume=is_resumed,
                 from_state=from_state,
@@ -187,9 +273,18 @@ def _train(
                 should_stop=stop,
             )
         except StoppedError as stopped:
-            if int(os.environ.get("RANK", "0")) == 0:  # one of the processes of torchrun speaks for all
+            if _is_first():  # one of the processes of torchrun speaks for all
                 typer.echo(f"stopped: {stopped}", err=True)
-            raise typer.Exit(stop.exit_code) from None
+            code = stop.exit_code
+        except OtherRankError as error:  # the one that failed says why
+            code = error.exit_code
+        else:
+            code = 0
+    if is_one_of_several:  # the launcher ends the others when one has ended; all is saved and said
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    if code:
+        raise typer.Exit(code)
     if not report.is_main:
         return
     if report.resumed_from == config.train.steps:
@@ -199,3 +294,21 @@ def _train(
             err=True,
         )
     print_report(report, config, json=json)
+
+
+class _StopOfAll(StopRequest):
+    """The request where several processes train together: a second signal is no wish to stop at once.
+
+    Launchers repeat a signal that schedulers send to every process, and follow it by SIGKILL in time.
+    """
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal = number
+            if _is_first():
+                print("stopping all processes after this step", file=sys.stderr, flush=True)
+
+
+def _is_first() -> bool:
+    """Whether this is rank 0 of the processes that torchrun started, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0

@@ -11,7 +11,7 @@ DECAY = 0.98
 
 
 class TrainProgress(Progress):
-    """Steps done, loss, images per second, share of the time spent waiting for data, time left."""
+    """Steps done, loss, expressions and different images per second, share of the time spent waiting for data, time left."""
 
     def __init__(self, *, is_terminal: bool | None = None, interval: float = SECONDS_BETWEEN_LINES) -> None:
         """Choose between bar and lines.
@@ -21,14 +21,15 @@ class TrainProgress(Progress):
             interval: seconds between lines.
         """
         super().__init__("train", "step", is_terminal=is_terminal, interval=interval)
-        self._samples = 0
+        self._samples = self._images = 0
         self._waited = 0.0
         self._loss: float | None = None
 
-    def advance(self, *, loss: float, samples: int, waited: float) -> None:
+    def advance(self, *, loss: float, samples: int, images: int, waited: float) -> None:
         """Count one step."""
         self._done += 1
         self._samples += samples
+        self._images += images
         self._waited += waited
         self._loss = loss if self._loss is None else DECAY * self._loss + (1 - DECAY) * loss
         if self._bar is not None:
@@ -40,8 +41,8 @@ class TrainProgress(Progress):
     def _facts(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
         return (
-            f"loss {self._loss or 0:.3f}, {self._samples / seconds:.1f} images/s, "
-            f"{100 * self._waited / seconds:.0f} % waiting for data"
+            f"loss {self._loss or 0:.3f}, {self._samples / seconds:.1f} expressions/s, "
+            f"{self._images / seconds:.1f} images/s, {100 * self._waited / seconds:.0f} % waiting for data"
         )
 
     def _line(self) -> str:

@@ -24,6 +24,7 @@ def print_report(report: TrainingReport, config: RunConfig, *, json: bool) -> No
                 "best_step": report.best_step,
                 "rules": report.best.rules,
                 "headline": report.headline,
+                "val": report.val_label,
                 **report.best.values,
                 "num_samples": report.best.num_samples,
                 "category_source": report.category_source,
@@ -31,6 +32,7 @@ def print_report(report: TrainingReport, config: RunConfig, *, json: bool) -> No
                 "seconds": report.seconds,
                 "left_out": report.training_set.left_out,
                 "left_out_for_leakage": report.training_set.left_out_for_leakage,
+                "num_train_samples": len(report.training_set.samples),
                 "training_set": [part.as_dict() for part in report.training_set.parts],
             }
         )
@@ -41,7 +43,10 @@ def print_report(report: TrainingReport, config: RunConfig, *, json: bool) -> No
         ["what", "value"],
         [
             ["best step", f"{report.best_step} of {config.train.steps}"],
-            *[[f"{name} on {config.data.val}", percent(value)] for name, value in report.best.values.items()],
+            *[
+                [f"{name} on {report.val_label}", percent(value)]
+                for name, value in report.best.values.items()
+            ],
             ["seconds", f"{report.seconds:.0f}"],
             ["checkpoint", str(report.run.checkpoint_path("best"))],
         ],
@@ -74,6 +79,7 @@ def print_plan(plan: Plan, *, json: bool) -> None:
         [
             ["expressions", f"{plan.num_samples:,}"],
             ["steps", f"{plan.steps:,} of {plan.batch_size} expressions, {plan.samples_at_once} at once"],
+            *([["steps taken before", f"{plan.steps_taken:,}"]] if plan.steps_taken else []),
             ["epochs", f"{plan.epochs:.1f}"],
             ["validation", f"{plan.val_label}, {plan.val_size:,} expressions"],
             *[[name, f"{size / 2**30:.2f} GiB"] for name, size in sizes.items()],
@@ -115,4 +121,6 @@ def _print_training_set(training_set: TrainingSet) -> None:
         for part in parts:
             shared = ", ".join(f"{count} with {name}" for name, count in part.shared.items())
             caption += f" · {part.selection} shares images: {shared or 'none'}"
-    print_table("Trained on; columns after images count expressions left out", columns, rows, caption)
+    num_samples, usable = len(training_set.samples), sum(part.expressions for part in parts)
+    only = f" the first {num_samples} of these, by train.overfit" if num_samples < usable else ""
+    print_table(f"Trained on{only}; columns after images count expressions left out", columns, rows, caption)

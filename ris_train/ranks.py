@@ -7,7 +7,7 @@ the losses of the slices add up to those of the batch.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,6 +24,14 @@ _BUCKET_ELEMENTS = 1 << 24  # 64 MiB of float32, so that gradients are never hel
 
 class RankError(RisError):
     """Another process of the same run ended, so this one cannot go on."""
+
+
+class OtherRankError(RankError):
+    """Another process of the same run failed and says why itself; this one ends with its exit code."""
+
+    def __init__(self, rank: int, exit_code: int) -> None:
+        super().__init__(f"Process {rank} of this training failed; its own message says why.", rank=rank)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +98,34 @@ class Ranks:
     def from_main(self, value: T) -> T:
         """Bring rank 0's plain value to each process; the others' is not looked at."""
         return self.collect(value if self.is_main else None)[0]  # type: ignore[return-value]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do what may fail on some of the processes; if it does, all stop, and the first of them says why.
+
+        Args:
+            work: does not speak with the other processes, since it may end at any point.
+
+        Raises:
+            OtherRankError: it failed on another process, of a lower rank where it failed on this one too.
+        """
+        if self.world == 1:
+            return work()
+        try:
+            done = work()
+        except Exception as error:  # whatever it is, the others wait to hear of it; it is raised below
+            first, exit_code = self._first_failure(getattr(error, "exit_code", 1))
+            if first == self.rank:
+                raise
+            raise OtherRankError(first, exit_code) from error
+        first, exit_code = self._first_failure(0)
+        if exit_code:
+            raise OtherRankError(first, exit_code)
+        return done
+
+    def _first_failure(self, exit_code: int) -> tuple[int, int]:
+        """The lowest rank whose exit code is not 0, and the code; all give theirs."""
+        failures = [(rank, code) for rank, code in enumerate(self.collect(exit_code)) if code]
+        return failures[0] if failures else (self.rank, 0)
 
     def any(self, flag: bool) -> bool:
         """Whether one of the processes says so."""

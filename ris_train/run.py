@@ -1,6 +1,6 @@
 """A run directory: configuration, environment, metrics, checkpoints, evaluations.
 
-runs/<name>/config.yaml  env.json  metrics.jsonl  tokenizer/  eval/
+runs/<name>/config.yaml  env.json  metrics.jsonl  tokenizer/  eval/  .lock
             checkpoints/{best,last}.safetensors  checkpoints/state-<step>/
 """
 
@@ -10,20 +10,27 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
-from ris_cache.errors import CheckpointError, ConfigError
-from ris_cache.store.files import write_atomically
+from ris_cache.errors import CacheError, CheckpointError, ConfigError
+from ris_cache.store.files import LOCK_NAME, make_directories, write_atomically
+from ris_cache.store.locks import FileLock
 from ris_train.config import RunConfig, parse_config
 
 LIBRARIES = ("ris", "torch", "transformers", "segment-anything", "open_clip_torch", "zarr", "numpy")
+LOCK_SECONDS: Final = 1.0
+"""How long a lock that is held is asked for again: `ris runs list` holds it for an instant, to look."""
+_LOCK_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +73,7 @@ class RunDirectory:
             facts: what else to record in env.json: cache, fingerprint, labels of the weights, device.
 
         Raises:
-            ConfigError: the directory holds a run already.
+            ConfigError: the directory holds a run already, or what is left of one.
         """
         run = cls(path)
         if run.config_path.exists():
@@ -75,20 +82,88 @@ class RunDirectory:
                 "never), name another one with --run, or remove it.",
                 path=path,
             )
-        write_atomically(
-            path / "env.json",
-            _json_bytes(
-                {
-                    **facts,
-                    "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "python": platform.python_version(),
-                    "platform": platform.platform(),
-                    "libraries": {name: version(name) for name in LIBRARIES},
-                }
-            ),
-        )
+        if run.metrics_path.exists() or run.checkpoints_dir.exists():
+            raise ConfigError(
+                f"{path} holds metrics or checkpoints of a run, but no config.yaml. Put that back to go on, "
+                "name another run with --run, or remove the directory.",
+                path=path,
+            )
+        run.write_facts(facts)
         run.write_config(config)
         return run
+
+    @property
+    def facts_path(self) -> Path:
+        """What the run was made of and on."""
+        return self.path / "env.json"
+
+    def write_facts(self, facts: Mapping[str, Any]) -> None:
+        """Write env.json: what is given, the time, and the machine."""
+        content = {
+            **facts,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "libraries": {name: version(name) for name in LIBRARIES},
+        }
+        write_atomically(self.facts_path, _json_bytes(content))
+
+    @property
+    def lock_path(self) -> Path:
+        """Locked by the process that trains; the kernel drops the lock when it ends, however it ends."""
+        return self.path / LOCK_NAME
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the run's lock, which keeps a second training out and tells `ris runs list` of this one.
+
+        Raises:
+            CheckpointError: another process trains here; or the directory cannot be written to, or is on a
+                file system without locks.
+            ConfigError: it is a file.
+        """
+        try:
+            make_directories(self.path)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ConfigError(
+                f"{error.filename} is a file, so no run can be at {self.path}. Name another with --run.",
+                path=self.path,
+            ) from error
+        lock = FileLock(self.lock_path)
+        end = time.monotonic() + LOCK_SECONDS
+        while not self._try(lock):
+            if time.monotonic() > end:
+                raise CheckpointError(
+                    f"The run {self.path} is being trained by another process{self._holder()}. Wait for it "
+                    "to end, stop it with SIGTERM, which saves its state, or train another run: --run NAME.",
+                    path=self.path,
+                )
+            time.sleep(_LOCK_POLL_SECONDS)
+        try:
+            self.lock_path.write_text(f"{os.getpid()} {socket.gethostname()}\n", encoding="utf-8")
+            yield
+        finally:
+            lock.release()
+
+    def _try(self, lock: FileLock) -> bool:
+        try:
+            return lock.acquire(wait=False)
+        except (CacheError, OSError) as error:
+            cause = error.__cause__ if isinstance(error, CacheError) else error
+            reason = cause.strerror if isinstance(cause, OSError) else str(error)
+            raise CheckpointError(
+                f"The run {self.path} cannot be locked, so a second training could not be kept out: "
+                f"{reason}. Keep runs where you may write and where file locks work: --runs.",
+                path=self.path,
+            ) from error
+
+    def _holder(self) -> str:
+        """Who holds the lock, in words; empty if that cannot be read."""
+        try:
+            number, host = self.lock_path.read_text(encoding="utf-8").split()
+        except (OSError, ValueError):
+            return ""
+        return f" (process {number} on {host})"
 
     def write_config(self, config: RunConfig) -> None:
         """Write the resolved configuration, in place of an earlier one."""
@@ -111,10 +186,14 @@ class RunDirectory:
         try:
             tree = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{self.config_path} is not YAML: {error}", path=self.config_path) from error
+            problem = f"is not YAML: {' '.join(str(error).split())}"
+            raise ConfigError(self._damaged_config(problem), path=self.config_path) from error
         if not isinstance(tree, dict):
-            raise ConfigError(f"{self.config_path} holds no configuration.", path=self.config_path)
+            raise ConfigError(self._damaged_config("holds no configuration"), path=self.config_path)
         return parse_config(tree, origin=str(self.config_path))
+
+    def _damaged_config(self, problem: str) -> str:
+        return f"{self.config_path} {problem}. Put it back to go on, or train another run with --run."
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to the metrics; a score over nothing (NaN) becomes null."""
@@ -139,7 +218,8 @@ class RunDirectory:
         if found < num_bytes:
             raise CheckpointError(
                 f"{self.metrics_path} has {found} bytes, but had {num_bytes} when the run's state was saved: "
-                "somebody shortened it. Put it back, or train anew under another name with --run.",
+                "somebody shortened it. Put it back, go on from an earlier state (--resume "
+                f"{self.checkpoints_dir}/state-<step>), or train another run with --run.",
                 path=self.metrics_path,
             )
         if found > num_bytes:

@@ -12,6 +12,9 @@ from typing import Self
 
 from ris_cache.errors import CacheError
 
+_NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOLCK)
+"""What file systems without locks answer; ENOLCK is that of NFS whose server keeps none."""
+
 
 class FileLock:
     """An advisory lock (flock) on a file, which is created if need be and never removed by this class.
@@ -53,7 +56,7 @@ class FileLock:
             self._descriptor = None
             if isinstance(error, BlockingIOError):
                 return False
-            if isinstance(error, OSError) and error.errno in (errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            if isinstance(error, OSError) and error.errno in _NO_LOCKS:
                 raise CacheError(
                     f"The file system of {self._path.parent} knows no file locks, which keep two writers "
                     "apart. Make the cache on a local disk and copy it, or mount with locks enabled.",

@@ -15,6 +15,7 @@ from torch import Tensor
 from ris_cache.errors import WeightsError
 from ris_cache.vision_imports import ensure_torchvision
 from ris_train.config import BertConfig
+from ris_train.hub import hub_problem, quiet_hub
 
 ensure_torchvision()
 
@@ -63,12 +64,15 @@ class Tokenizer:
         Raises:
             WeightsError: nothing usable is there.
         """
+        problem = hub_problem(str(source))
         try:
-            return cls(AutoTokenizer.from_pretrained(str(source)), max_tokens, keep_sep=keep_sep)
+            with quiet_hub():
+                pieces = AutoTokenizer.from_pretrained(str(source), local_files_only=bool(problem))
+            return cls(pieces, max_tokens, keep_sep=keep_sep)
         except (OSError, ValueError) as error:
             raise WeightsError(
-                f"No BERT tokenizer at {source!s}. Give a folder with vocab.txt or tokenizer.json, or a hub "
-                "name that can be reached from here (model.bert.vocabulary or model.bert.weights).",
+                f"No BERT tokenizer at {source!s}{problem}. Give a folder with vocab.txt or tokenizer.json, "
+                "or a hub name that can be reached from here (model.bert.vocabulary or model.bert.weights).",
                 source=str(source),
             ) from error
 

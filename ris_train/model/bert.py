@@ -15,6 +15,7 @@ from ris_cache.errors import WeightsError
 from ris_cache.store.files import sha256_file
 from ris_cache.vision_imports import ensure_torchvision
 from ris_train.config import BertConfig
+from ris_train.hub import hub_problem, quiet_hub
 
 ensure_torchvision()
 
@@ -105,18 +106,21 @@ def _weight_file(source: str) -> Path:
             if (Path(source) / name).is_file():
                 return Path(source) / name
         raise WeightsError(f"Folder {source} holds none of {', '.join(WEIGHT_FILES)}.", path=source)
+    problem = hub_problem(source)
     for name in WEIGHT_FILES:
         try:
-            found = cached_file(source, name)
+            with quiet_hub():
+                found = cached_file(source, name, local_files_only=bool(problem))
+                if found is not None:
+                    # The configuration lies in the same snapshot folder once it is fetched.
+                    cached_file(source, "config.json", local_files_only=bool(problem))
         except OSError:
             continue
         if found is not None:
-            # The configuration lies in the same snapshot folder once it is fetched.
-            cached_file(source, "config.json")
             return Path(found)
     raise WeightsError(
-        f"BERT weights {source!r} are neither a folder nor to be had from the hub. Download {source} "
-        "(config.json, vocab.txt, model.safetensors) on a machine that can, and name the folder: "
-        "--set model.bert.weights=FOLDER. To try things out without: --random-weights.",
+        f"BERT weights {source!r} are neither a folder nor to be had from the hub{problem}. "
+        f"Download {source} (config.json, vocab.txt, model.safetensors) on a machine that can, and name the "
+        "folder: --set model.bert.weights=FOLDER. To try things out without: --random-weights.",
         source=source,
     )

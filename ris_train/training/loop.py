@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 from ris_cache.errors import NonFiniteError, StoppedError
@@ -17,7 +18,7 @@ from ris_train.scoring import Scores
 from ris_train.tracking import open_trackers
 from ris_train.training.progress import Progress
 from ris_train.training.randomness import seed_step
-from ris_train.training.resume import ResumePoint
+from ris_train.training.resume import ResumePoint, is_evaluated
 from ris_train.training.setup import Setup
 from ris_train.training.state import BestSoFar, RunState, restore, save_or_say_full, save_state
 from ris_train.training.step import StepBatch, StepComputer
@@ -34,6 +35,7 @@ class TrainingReport:
         headline: the metric that it is best by.
         val_size: expressions of the validation selection.
         category_source: which category the model was given.
+        val_label: what was validated on: `data.val`, or with `train.overfit` the expressions trained on.
         weights: labels of all weights that the scores rest on.
         seconds: of training, evaluations included, over all times that the run was resumed.
         training_set: what was trained on, and what was left out of it.
@@ -46,6 +48,7 @@ class TrainingReport:
     best: Scores
     headline: str
     val_size: int
+    val_label: str
     category_source: CategorySource
     weights: dict[str, str]
     seconds: float
@@ -92,7 +95,9 @@ class Loop:
         if point is not None:
             self._take_over(point)
         self._trackers = (
-            open_trackers(self._config.trackers, run, setup.config) if self._ranks.is_main else None
+            open_trackers(self._config.trackers, run, setup.config, say=told.say)
+            if self._ranks.is_main
+            else None
         )
 
     def run_to_end(self) -> TrainingReport:
@@ -102,6 +107,9 @@ class Loop:
             if self._step == 0:
                 self._save_state()
             self._model.train()
+            if self._step == self._config.steps and not self._is_evaluated_here():
+                self._evaluate()
+                self._save_state()
             self._all_steps()
         finally:
             self._told.stop()
@@ -109,24 +117,39 @@ class Loop:
                 self._trackers.close()
         return self._report()
 
+    def _is_evaluated_here(self) -> bool:
+        """Whether the run was evaluated after the step it is at: not, if its steps were cut down to there."""
+        return self._ranks.from_main(self._ranks.is_main and is_evaluated(self._run, self._step))
+
     def _all_steps(self) -> None:
-        batches = self._setup.batches(self._consumed, self._step + 1)
-        while self._step < self._config.steps:
-            asked = time.monotonic()
-            batch = next(batches)
-            waited = time.monotonic() - asked
-            values, rate = self._take_step(batch)
-            self._told.advance(loss=values["loss"], samples=len(batch.samples), waited=waited)
-            self._look(rate)
-            if self._ranks.any(self._should_stop()) and self._step < self._config.steps:
-                if self._saved_step != self._step:
-                    self._save_state()
-                raise StoppedError(
-                    f"{self._run.path} after step {self._step} of {self._config.steps}; its state is saved. "
-                    f"Go on with `ris train --run {self._run.path.name} --runs {self._run.path.parent}`.",
-                    step=self._step,
-                    path=self._run.path,
+        with closing(self._setup.batches(self._consumed, self._step + 1)) as batches:
+            while self._step < self._config.steps:
+                asked = time.monotonic()
+                batch = next(batches)
+                waited = time.monotonic() - asked
+                values, rate = self._take_step(batch)
+                self._told.advance(
+                    loss=values["loss"],
+                    samples=len(batch.samples),
+                    images=len({sample.image_id for sample in batch.samples}),
+                    waited=waited,
                 )
+                self._look(rate)
+                if self._ranks.any(self._should_stop()) and self._step < self._config.steps:
+                    raise self._stopped()
+
+    def _stopped(self) -> StoppedError:
+        """Save the state, if that is not done; returns the error that says how to go on."""
+        if self._saved_step != self._step:
+            self._save_state()
+        # A launcher ends all processes as soon as one has ended; rank 0 must have saved by then.
+        self._ranks.collect(None)
+        return StoppedError(
+            f"{self._run.path} after step {self._step} of {self._config.steps}; its state is saved. "
+            f"Go on with `ris train --run {self._run.path.name} --runs {self._run.path.parent}`.",
+            step=self._step,
+            path=self._run.path,
+        )
 
     def _take_step(self, batch: StepBatch) -> tuple[dict[str, float], float]:
         """Take one optimiser step; returns its values and its learning rate."""
@@ -251,6 +274,7 @@ class Loop:
             best=_scores(self._best),
             headline=self._setup.validation.rules.headline,
             val_size=self._setup.validation.size,
+            val_label=self._setup.validation.label,
             category_source=default_category_source(self._setup.config),
             weights=self._setup.metadata.weight_labels,
             seconds=self._seconds,

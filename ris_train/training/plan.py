@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from ris_train.config import RunConfig
 from ris_train.data.merge import TrainingSet
 from ris_train.losses import total_loss
 from ris_train.ranks import Ranks
+from ris_train.run import RunDirectory
 from ris_train.training.randomness import seed_step
+from ris_train.training.resume import find_resume_point, require_same_features
 from ris_train.training.setup import Setup, masks_of, prepare
 from ris_train.training.step import build_step_batch
 
@@ -47,6 +50,8 @@ class Plan:
     """What a run would do.
 
     Attributes:
+        steps: of the whole run.
+        steps_taken: of them before, by the run that would go on.
         epochs: how often each expression is seen, on average.
         samples_at_once: of one process and one part of a batch.
         trained: parameters that train, by module.
@@ -58,6 +63,7 @@ class Plan:
     val_label: str
     val_size: int
     steps: int
+    steps_taken: int
     batch_size: int
     epochs: float
     samples_at_once: int
@@ -73,6 +79,7 @@ class Plan:
             "val": self.val_label,
             "val_size": self.val_size,
             "steps": self.steps,
+            "steps_taken": self.steps_taken,
             "batch_size": self.batch_size,
             "epochs": self.epochs,
             "samples_at_once": self.samples_at_once,
@@ -89,13 +96,35 @@ class Plan:
         }
 
 
-def make_plan(cache_root: Path, config: RunConfig, *, random_seed: int | None) -> Plan:
+def make_plan(
+    cache_root: Path,
+    config: RunConfig,
+    *,
+    random_seed: int | None,
+    resumed: RunDirectory | None = None,
+    from_state: Path | None = None,
+    say: Callable[[str], None] = lambda message: None,
+) -> Plan:
     """Load and build all that training would, on the CPU, and pass one sample through; writes nothing.
+
+    Args:
+        cache_root: a cache directory.
+        config: the whole configuration.
+        random_seed: seed of random BERT weights, if those were asked for; not needed by a run that goes on.
+        resumed: the run that would go on, which another process may be training.
+        from_state: one of its states; the latest whole one by default.
+        say: is told what would be passed over of it.
 
     Raises:
         RisError: as training would before its first step.
     """
-    setup = prepare(cache_root, config, Ranks(0, 1, torch.device("cpu")), random_seed=random_seed)
+    point = None if resumed is None else find_resume_point(resumed, config, chosen=from_state, say=say)
+    metadata = None if point is None else point.metadata
+    setup = prepare(
+        cache_root, config, Ranks(0, 1, torch.device("cpu")), random_seed=random_seed, resumed=metadata
+    )
+    if resumed is not None and metadata is not None:
+        require_same_features(metadata, setup.cache.fingerprint.digest, resumed)
     trained: Counter[str] = Counter()
     frozen: Counter[str] = Counter()
     for name, parameter in setup.model.named_parameters():
@@ -110,6 +139,7 @@ def make_plan(cache_root: Path, config: RunConfig, *, random_seed: int | None) -
         val_label=setup.validation.label,
         val_size=setup.validation.size,
         steps=config.train.steps,
+        steps_taken=0 if point is None else point.state.step,
         batch_size=config.train.batch_size,
         epochs=config.train.steps * config.train.batch_size / num_samples,
         samples_at_once=at_once,

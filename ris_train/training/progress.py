@@ -12,8 +12,8 @@ class Progress(Protocol):
         """Training begins; `done` of `total` steps were taken before."""
         ...
 
-    def advance(self, *, loss: float, samples: int, waited: float) -> None:
-        """One step was taken: its loss, its samples, and the seconds waited for them."""
+    def advance(self, *, loss: float, samples: int, images: int, waited: float) -> None:
+        """One step was taken: its loss, its samples and different images, and the seconds waited for them."""
         ...
 
     def say(self, message: str) -> None:
@@ -31,7 +31,7 @@ class Silent:
     def start(self, *, total: int, done: int) -> None:
         """Show nothing."""
 
-    def advance(self, *, loss: float, samples: int, waited: float) -> None:
+    def advance(self, *, loss: float, samples: int, images: int, waited: float) -> None:
         """Show nothing."""
 
     def say(self, message: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ris_cache.errors import CheckpointError, ConfigError, FingerprintMismatchError
-from ris_train.checkpoint import CheckpointMetadata
+from ris_train.checkpoint import CheckpointMetadata, read_metadata
 from ris_train.config import RunConfig
 from ris_train.run import RunDirectory
 from ris_train.training.state import RunState, latest_state, read_state
@@ -43,6 +43,7 @@ def resume_target(path: Path) -> tuple[RunDirectory, Path | None]:
     Raises:
         CheckpointError: it is neither a run nor a state of one.
     """
+    path = path.resolve()  # `state-4`, named from inside checkpoints/, says no run of itself
     if (path / "config.yaml").is_file():
         return RunDirectory(path), None
     run = RunDirectory(path.parent.parent)
@@ -68,14 +69,17 @@ def find_resume_point(
 
     Raises:
         CheckpointError: the chosen state is damaged, or all are; or the run is of a version that kept none.
-        ConfigError: the configuration differs from the run's in a key that may not change.
+        ConfigError: the configuration differs from the run's in a key that may not change, or has fewer steps
+            than the run has taken.
     """
     require_same(run.read_config(), config, run)
-    if chosen is not None:
-        return ResumePoint(path=chosen, state=(found := read_state(chosen))[0], metadata=found[1])
-    latest = latest_state(run, say)
-    if latest is not None:
-        path, state, metadata = latest
+    found = latest_state(run, say) if chosen is None else (chosen, *read_state(chosen))
+    if found is not None:
+        path, state, metadata = found
+        require_same(metadata.config, config, run)  # config.yaml may have been edited or cut short since
+        _require_steps_left(run, state.step, config)
+        if state.step < config.train.steps or not is_evaluated(run, state.step):
+            state = _with_best_that_is_there(run, state, say)
         return ResumePoint(path=path, state=state, metadata=metadata)
     if any(run.checkpoint_path(name).is_file() for name in ("best", "last")):
         raise CheckpointError(
@@ -83,6 +87,45 @@ def find_resume_point(
             path=run.path,
         )
     return None
+
+
+def is_evaluated(run: RunDirectory, step: int) -> bool:
+    """Whether the last evaluation of a run is that of a step: each leaves its checkpoint `last`."""
+    try:
+        return read_metadata(run.checkpoint_path("last")).step == step
+    except CheckpointError:
+        return False
+
+
+def _require_steps_left(run: RunDirectory, step: int, config: RunConfig) -> None:
+    """Refuse to end a run before where it is; at the very step it is complete."""
+    if step > config.train.steps:
+        raise ConfigError(
+            f"The run {run.path} has taken {step} steps already; train.steps is {config.train.steps}. Ask "
+            f"for {step} or more, go on from an earlier state (--resume "
+            f"{run.checkpoints_dir}/state-<step>), or train another run with --run.",
+            steps=config.train.steps,
+            step=step,
+        )
+
+
+def _with_best_that_is_there(run: RunDirectory, state: RunState, say: Callable[[str], None]) -> RunState:
+    """Forget the best evaluation if its checkpoint was replaced by a later step's, or is gone.
+
+    Otherwise the run could end with a checkpoint `best` whose score is another one's. A later step's is there
+    if the run was killed between its evaluation and its state, or goes on from an earlier state.
+    """
+    if state.best is None:
+        return state
+    path = run.checkpoint_path("best")
+    try:
+        found = f"is of step {step} now" if (step := read_metadata(path).step) != state.best.step else ""
+    except CheckpointError:
+        found = "is damaged" if path.exists() else "is gone"
+    if not found:
+        return state
+    say(f"{path}, the best so far by step {state.best.step}, {found}; the best is chosen anew from here on.")
+    return state.model_copy(update={"best": None})
 
 
 def require_same(before: RunConfig, now: RunConfig, run: RunDirectory) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from ris_train.config import RunConfig
 from ris_train.ranks import Ranks, join_ranks
 from ris_train.run import RunDirectory
+from ris_train.tracking import require_trackers
 from ris_train.training.loop import Loop, TrainingReport
 from ris_train.training.progress import Progress, Silent
 from ris_train.training.randomness import deterministic
@@ -50,40 +52,64 @@ def train(
         CacheError: the cache cannot be used, or lacks the selections.
         WeightsError: BERT's weights are missing.
         ConfigError: there is a run already; or it cannot go on with this configuration.
-        CheckpointError: no whole state to go on from.
+        CheckpointError: no whole state to go on from; or another process trains this run.
         NonFiniteError: the loss or a gradient is no number any more; names the step and the samples.
         DiskFullError: no space for a checkpoint; the earlier ones are whole.
         StoppedError: `should_stop` said so; names how to go on.
-        RankError: another process of the run ended.
+        RankError: another process of the run ended; OtherRankError if it failed, and says why itself.
     """
     ranks = join_ranks(device)
     told = progress if progress is not None and ranks.is_main else Silent()
     # Rank 0 looked first: the others may find the files that it has made since.
     run_dir, resume, from_state = ranks.from_main((run_dir, resume, from_state))
     run = RunDirectory(run_dir)
-    with deterministic(ranks.device, is_wanted=config.train.deterministic):
+    with ExitStack() as held:
+        held.enter_context(deterministic(ranks.device, is_wanted=config.train.deterministic))
+        if resume:  # a new run is locked with its first file, so that one that cannot begin leaves nothing
+            _on_main(ranks, lambda: held.enter_context(run.held()))
         point = _resume_point(run, config, ranks, from_state, told) if resume else None
-        setup = prepare(
-            cache_root, config, ranks, random_seed=random_seed, resumed=point.metadata if point else None
-        )
-        if point is not None:
-            require_same_features(point.metadata, setup.cache.fingerprint.digest, run)
-        if ranks.is_main:
-            _open_files(run, setup, point, told, is_resumed=resume)
-        ranks.collect(None)  # nobody goes on before the files are there
-        return Loop(setup, run, point, told, should_stop).run_to_end()
+        setup = ranks.together(lambda: _set_up(cache_root, config, ranks, random_seed, point, run))
+        if not resume:
+            _on_main(ranks, lambda: held.enter_context(run.held()))
+        _on_main(ranks, lambda: _open_files(run, setup, point, told, is_resumed=resume))
+        return ranks.together(lambda: Loop(setup, run, point, told, should_stop)).run_to_end()
+
+
+def _on_main(ranks: Ranks, work: Callable[[], object]) -> None:
+    """Do something on rank 0; nobody goes on before it is done, or if it fails."""
+    ranks.together(lambda: work() if ranks.is_main else None)
 
 
 def _resume_point(
     run: RunDirectory, config: RunConfig, ranks: Ranks, chosen: Path | None, told: Progress
 ) -> ResumePoint | None:
     """Find the state to go on from; rank 0 chooses it, so that all take the same."""
-    point = find_resume_point(run, config, chosen=chosen, say=told.say) if ranks.is_main else None
-    path = ranks.from_main(None if point is None else point.path)
+    point = ranks.together(
+        lambda: find_resume_point(run, config, chosen=chosen, say=told.say) if ranks.is_main else None
+    )
+    # What is sent is plain; the others read the rest themselves.
+    path, best = ranks.from_main((None, None) if point is None else (point.path, point.state.best))
     if ranks.is_main or path is None:
         return point
     state, metadata = read_state(path)
-    return ResumePoint(path=path, state=state, metadata=metadata)
+    return ResumePoint(path=path, state=state.model_copy(update={"best": best}), metadata=metadata)
+
+
+def _set_up(
+    cache_root: Path,
+    config: RunConfig,
+    ranks: Ranks,
+    random_seed: int | None,
+    point: ResumePoint | None,
+    run: RunDirectory,
+) -> Setup:
+    """Load what is trained on what, and look that it is what the run was begun on."""
+    require_trackers(config.train.trackers)  # before there are files
+    resumed = None if point is None else point.metadata
+    setup = prepare(cache_root, config, ranks, random_seed=random_seed, resumed=resumed)
+    if resumed is not None:
+        require_same_features(resumed, setup.cache.fingerprint.digest, run)
+    return setup
 
 
 def _open_files(
@@ -96,6 +122,8 @@ def _open_files(
                 told.say(f"left behind: {path}")
         run.truncate_metrics(0 if point is None else point.state.metrics_bytes)
         run.write_config(setup.config)
+        if not run.facts_path.is_file():
+            run.write_facts(setup.facts())
     else:
         RunDirectory.create(run.path, setup.config, facts=setup.facts())
     if not run.tokenizer_dir.is_dir() or point is None:

@@ -166,7 +166,7 @@ def latest_state(
     """Find the latest whole state of a run; None if it has none at all.
 
     Args:
-        run: the run.
+        run: the run; it may be at work, and remove states that are about to be read.
         say: is told of every damaged state that is passed over.
 
     Raises:
@@ -177,7 +177,10 @@ def latest_state(
         try:
             return path, *read_state(path)
         except CheckpointError as error:
-            say(f"{error} Trying the state before it.")
+            if path.exists():
+                say(f"{error} Trying the state before it.")
+    if (now := saved_states(run)) and now != paths:
+        return latest_state(run, say)
     if paths:
         raise CheckpointError(
             f"All {len(paths)} states of {run.path} are damaged. Train anew under another name with --run.",
@@ -246,7 +249,7 @@ def _read_signed(path: Path) -> RunState:
         if hashlib.sha256(body.encode()).hexdigest() != expected:
             raise _damaged(path.parent, f"{path.name} is not what was written")
         return RunState.model_validate_json(body)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise _damaged(path.parent, f"{path.name} is missing") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path.parent, f"{path.name} is torn") from error

@@ -1,4 +1,4 @@
-"""`ris runs list` and `ris runs show`."""
+"""`ris runs list`, `ris runs show` and `ris runs export`."""
 
 from __future__ import annotations
 
@@ -85,3 +85,54 @@ def test_an_unknown_run_and_an_empty_place_are_said_so(
     assert ris("runs", "list", "--runs", tmp_path / "nowhere").exit_code == 3
     result = ris("runs", "list", "--runs", tmp_path, "--json")
     assert (result.exit_code, json.loads(result.stdout)) == (0, [])
+
+
+def test_an_exported_model_predicts_what_its_run_predicts(
+    ris: Callable[..., Any], runs: Path, drawn_data: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    result = ris("runs", "export", "first", "--runs", runs, "--out", model, "--licence", "mit", "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert (document["folder"], document["run"], document["checkpoint"]) == (str(model), "first", "best")
+    assert document["step"] in (3, 6)
+    assert "license: mit" in (model / "README.md").read_text()
+    image = sorted((drawn_data / "images" / "train2014").iterdir())[0]
+    base = ("predict", "--image", image, "--text", "the red circle", "--device", "cpu", "--json")
+    masks = []
+    for name, options in (("a", ("--model", model)), ("b", ("--run", "first", "--runs", runs))):
+        result = ris(*base, *options, "--out", tmp_path / name)
+        assert result.exit_code == 0, result.output
+        masks.append(Path(json.loads(result.stdout)["mask"]).read_bytes())
+    assert masks[0] == masks[1]
+
+
+def test_the_last_checkpoint_is_exported_if_asked_for_and_the_way_on_is_shown(
+    ris: Callable[..., Any], runs: Path, tmp_path: Path
+) -> None:
+    result = ris("runs", "export", "first", "--runs", runs, "--out", tmp_path / "model", "--last")
+    assert result.exit_code == 0, result.output
+    assert "last, step 6" in result.stdout
+    assert "ris predict --model" in result.stdout
+    again = ris("runs", "export", "first", "--runs", runs, "--out", tmp_path / "model")
+    assert again.exit_code == 2
+    assert "is not empty" in again.stderr
+    missing = ris("runs", "export", "third", "--runs", runs, "--out", tmp_path / "other")
+    assert missing.exit_code == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--model", "there/is/none"), 3, "There is no model at there/is/none"),
+        (("--model", "a", "--run", "first"), 2, "--model and --run each name a model"),
+    ],
+    ids=["nowhere", "two"],
+)
+def test_a_model_that_cannot_be_meant_is_refused(
+    ris: Callable[..., Any], tmp_path: Path, options: tuple[str, ...], code: int, words: str
+) -> None:
+    result = ris("predict", "--image", tmp_path / "a.jpg", "--text", "a circle", "--device", "cpu", *options)
+    assert result.exit_code == code, result.output
+    assert words in result.stderr

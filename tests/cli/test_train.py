@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from ris_train.run import RunDirectory
+from ris_train.run_listing import summarise
+
 STEPS = 12
 SETTINGS = (
     "train.batch_size=4", "train.eval_every=4", "train.checkpoint_every=2", "train.log_every=3",
@@ -52,15 +55,17 @@ def last_step(run: Path) -> int:
     return max(steps, default=-1)
 
 
-def kill_at(arguments: list[str], run: Path, step: int, delay: float) -> None:
-    """Kill the process a moment after it has saved the state of a step."""
+def end_at(arguments: list[str], run: Path, step: int, delay: float, number: int) -> int:
+    """Send a signal a moment after the state of a step was saved; returns the exit code."""
     process = start(arguments)
     while last_step(run) < step:
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(number)
     process.communicate()
+    assert summarise(RunDirectory(run)).state == "stopped"
+    return process.returncode
 
 
 def lines(run: Path) -> list[dict[str, object]]:
@@ -84,14 +89,20 @@ def uninterrupted(tmp_path_factory, tiny_cache) -> Path:
     ids=["three-times", "ten-times"],
 )
 def test_a_run_killed_at_random_ends_like_one_that_was_not(tiny_cache, tmp_path, uninterrupted, kills):
+    """The first of three is only asked to end, with SIGTERM."""
     chance = random.Random(kills)
     arguments = command(tiny_cache, tmp_path, "killed", "--max-steps", STEPS)
     run = tmp_path / "killed"
-    for step in sorted(chance.choices(range(STEPS - 2), k=kills)):
-        kill_at(arguments, run, step, chance.uniform(0, 0.15))
+    numbers = [signal.SIGKILL] * kills
+    if kills == 3:
+        numbers[0] = signal.SIGTERM
+    for number, step in zip(numbers, sorted(chance.choices(range(STEPS - 2), k=kills)), strict=True):
+        code = end_at(arguments, run, step, chance.uniform(0, 0.15), number)
+        assert code == (143 if number == signal.SIGTERM else -number)
     process = start(arguments)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
+    assert summarise(RunDirectory(run)).state == "finished"
     assert lines(run) == lines(uninterrupted)
     for name in ("best", "last"):
         one, other = (
@@ -101,22 +112,34 @@ def test_a_run_killed_at_random_ends_like_one_that_was_not(tiny_cache, tmp_path,
         assert all((one[key] == other[key]).all() for key in one)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)],
-    ids=["SIGTERM", "SIGUSR1"],
-)
-def test_a_signal_saves_the_state_and_says_how_to_go_on(tiny_cache, tmp_path, number, code):
+def test_a_signal_saves_the_state_at_that_step_and_the_same_command_goes_on(tiny_cache, tmp_path, ris):
+    """Each signal at a random step, and a second command on the run while the first one trains it."""
+    chance = random.Random(7)
     arguments = command(tiny_cache, tmp_path, "stopped", "--max-steps", 100_000)
-    process = start(arguments)
-    while last_step(tmp_path / "stopped") < 2:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, errors = process.communicate()
-    assert process.returncode == code
-    assert "ris train --run stopped" in errors
-    assert f"after step {last_step(tmp_path / 'stopped')} of 100000" in errors
+    run, stopped_at = tmp_path / "stopped", -1
+    for number, code in ((signal.SIGINT, 130), (signal.SIGUSR1, 138)):  # SIGTERM is above
+        process = start(arguments)
+        while last_step(run) < stopped_at + 2:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        assert summarise(RunDirectory(run)).state == "running"
+        if number == signal.SIGINT:
+            second = ris(*arguments[3:])
+            assert (second.exit_code, second.stdout) == (3, "")
+            assert f"being trained by another process (process {process.pid} on " in second.stderr
+            assert ris(*arguments[3:], "--dry-run").exit_code == 0
+        time.sleep(chance.uniform(0, 0.3))
+        process.send_signal(number)
+        output, errors = process.communicate()
+        assert (process.returncode, output) == (code, ""), errors
+        stopped_at = last_step(run)
+        assert errors.count("stopping after this step") == 1
+        assert errors.count(f"after step {stopped_at} of 100000; its state is saved") == 1
+        assert "ris train --run stopped" in errors
+        assert "Traceback" not in errors
+        assert max(line["step"] for line in lines(run)) <= stopped_at
+    steps = [line["step"] for line in lines(run) if "loss" in line]
+    assert steps == list(range(3, stopped_at + 1, 3)), "every line once, over all that it went on"
 
 
 def test_a_finished_run_says_so(ris, tiny_cache, uninterrupted):

@@ -10,18 +10,18 @@ from cli.train_progress import TrainProgress
 def test_a_line_has_loss_rate_waiting_and_time_left(capsys):
     progress = TrainProgress(is_terminal=False, interval=0.0)
     progress.start(total=10, done=4)
-    progress.advance(loss=2.0, samples=8, waited=0.0)
-    progress.advance(loss=1.0, samples=8, waited=0.0)
+    progress.advance(loss=2.0, samples=8, images=6, waited=0.0)
+    progress.advance(loss=1.0, samples=8, images=6, waited=0.0)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    pattern = r"train: step 6/10, loss 1\.980, [\d.]+ images/s, 0 % waiting for data, \d+ s left"
+    pattern = r"train: step 6/10, loss 1\.980, [\d.]+ expressions/s, [\d.]+ images/s, 0 % waiting for data, \d+ s left"
     assert re.fullmatch(pattern, lines[1])
 
 
 def test_nothing_is_printed_between_lines_but_what_is_said(capsys):
     progress = TrainProgress(is_terminal=False, interval=1000.0)
     progress.start(total=3, done=0)
-    progress.advance(loss=2.0, samples=8, waited=0.0)
+    progress.advance(loss=2.0, samples=8, images=6, waited=0.0)
     progress.say("step 1: val oIoU 3.00")
     assert capsys.readouterr().err == "step 1: val oIoU 3.00\n"
     progress.stop()
@@ -31,7 +31,7 @@ def test_nothing_is_printed_between_lines_but_what_is_said(capsys):
 def test_a_terminal_gets_a_bar_with_the_same_facts(capsys):
     progress = TrainProgress(is_terminal=True)
     progress.start(total=2, done=0)
-    progress.advance(loss=2.0, samples=8, waited=0.0)
+    progress.advance(loss=2.0, samples=8, images=6, waited=0.0)
     progress.stop()
     shown = capsys.readouterr().err
     assert "train:" in shown

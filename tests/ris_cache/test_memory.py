@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,3 +75,28 @@ def test_a_system_that_does_not_tell_has_all_of_its_memory(system: Path) -> None
 def test_this_machine_has_some_memory_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert 0 < memory.available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
+def test_what_is_freed_is_given_back() -> None:
+    """Small blocks, which glibc keeps under whatever policy; the last one lies above them."""
+    code = (
+        "import ctypes, sys\n"
+        "from ris_cache.memory import keep_freed_memory, own_memory, return_freed_memory\n"
+        "libc = ctypes.CDLL(None)\n"
+        "libc.malloc.restype = ctypes.c_void_p\n"
+        "keep_freed_memory()\n"
+        "blocks = [ctypes.c_void_p(libc.malloc(10000)) for _ in range(10000)]\n"
+        "for block in blocks: ctypes.memset(block, 1, 10000)\n"
+        "full = own_memory()\n"
+        "for block in blocks[:-1]: libc.free(block)\n"
+        "kept = own_memory()\n"
+        "return_freed_memory()\n"
+        "print(full, kept, own_memory())\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    full, kept, left = map(int, found.stdout.split())
+    assert full > 100_000_000
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc
+        assert kept > 0.9 * full
+        assert left < 0.5 * full

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import threading
+import time
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 import yaml
 
+import ris_train.run
 from ris_cache.errors import CheckpointError, ConfigError
+from ris_cache.store.locks import FileLock
 from ris_train.config import load_config, parse_config
 from ris_train.run import RunDirectory, find_run, new_run_path
 
@@ -117,3 +122,82 @@ def test_a_score_over_nothing_is_null_in_every_file(tmp_path: Path) -> None:
     path = run.write_evaluation("scores", {"results": [{"oIoU": float("nan"), "mIoU": 0.5}]})
     assert json.loads(run.metrics_path.read_text()) == {"step": 1, "oIoU": None}
     assert json.loads(path.read_text()) == {"results": [{"oIoU": None, "mIoU": 0.5}]}
+
+
+def test_what_is_left_of_a_run_without_its_configuration_is_not_mixed_with_another(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    run.log({"step": 1, "loss": 0.5})
+    run.config_path.unlink()
+    with pytest.raises(ConfigError, match=r"no config\.yaml. Put that back"):
+        make_run(run.path)
+    run.metrics_path.unlink()
+    make_run(run.path)  # a run that was killed before it wrote its configuration is no obstacle
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("train: [", "is not YAML: while parsing"),
+        ("", "holds no configuration"),
+        ("train: {stepz: 1}", "steps"),
+    ],
+    ids=["torn", "empty", "unknown-key"],
+)
+def test_a_damaged_configuration_is_named_with_what_to_do(tmp_path: Path, content: str, what: str) -> None:
+    run = make_run(tmp_path / "a")
+    run.config_path.write_text(content)
+    with pytest.raises(ConfigError, match=re.escape(what)) as caught:
+        run.read_config()
+    assert str(run.config_path) in str(caught.value)
+
+
+def test_a_run_is_held_by_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ris_train.run, "LOCK_SECONDS", 0.05)
+    run = RunDirectory(tmp_path / "runs" / "a")
+    with (
+        run.held(),
+        pytest.raises(
+            CheckpointError, match=rf"another process \(process {os.getpid()} on .*--run NAME"
+        ) as caught,
+        RunDirectory(run.path).held(),
+    ):
+        pass
+    assert caught.value.exit_code == 3
+    run.lock_path.write_text("")
+    with run.held():
+        pass
+
+
+def test_a_look_at_the_lock_does_not_keep_a_training_out(tmp_path: Path) -> None:
+    """`ris runs list` holds it, shared, for as long as it takes to find out."""
+    run = make_run(tmp_path / "a")
+    look = FileLock(run.lock_path)
+    look.acquire(shared=True)
+    end = threading.Timer(0.1, look.release)
+    began = time.monotonic()
+    end.start()
+    with run.held():
+        assert 0.05 < time.monotonic() - began < 1
+    end.join()
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK])
+def test_a_place_without_locks_is_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with (
+        pytest.raises(CheckpointError, match=f"{os.strerror(number)}.*--runs"),
+        RunDirectory(tmp_path / "a").held(),
+    ):
+        pass
+
+
+def test_a_file_is_no_place_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    for path in (tmp_path / "a", tmp_path / "a" / "b"):
+        with pytest.raises(ConfigError, match="is a file"), RunDirectory(path).held():
+            pass

@@ -166,11 +166,12 @@ def test_nothing_stays_open_and_the_file_stays(path: Path) -> None:
     assert path.read_bytes() == b""
 
 
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.ENOLCK])
 def test_a_file_system_without_locks_is_named_with_a_way_out(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def refuse(descriptor: int, operation: int) -> None:
-        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+        raise OSError(number, os.strerror(number))
 
     before = num_descriptors()
     monkeypatch.setattr(fcntl, "flock", refuse)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from ris_cache.errors import (
     FingerprintMismatchError,
     StoppedError,
 )
+from ris_train.checkpoint import read_metadata
 from ris_train.run import RunDirectory
 from ris_train.training import state as state_module
-from ris_train.training.resume import require_same_features
+from ris_train.training.resume import find_resume_point, require_same_features, resume_target
 from ris_train.training.state import latest_state, read_state, saved_states
 
 
@@ -40,7 +42,7 @@ class Heard:
         self.messages: list[str] = []
 
     def start(self, *, total: int, done: int) -> None: ...
-    def advance(self, *, loss: float, samples: int, waited: float) -> None: ...
+    def advance(self, *, loss: float, samples: int, images: int, waited: float) -> None: ...
     def say(self, message: str) -> None:
         self.messages.append(message)
 
@@ -132,8 +134,6 @@ def test_a_damaged_state_is_passed_over_aloud(run_short, metrics, same_weights, 
     ids=["no-json", "torn-json", "no-model", "empty-model", "changed-json"],
 )
 def test_every_kind_of_damage_is_found(whole, tmp_path, damage, what):
-    import shutil
-
     path = tmp_path / "state-6"
     shutil.copytree(whole / "checkpoints" / "state-6", path)
     read_state(path)
@@ -181,6 +181,63 @@ def test_going_on_from_an_earlier_state_drops_the_later_ones(run_short, metrics,
     assert metrics(run) == metrics(whole)
 
 
+def test_a_best_checkpoint_that_is_not_the_best_so_far_is_chosen_anew(run_short, metrics, whole, tmp_path):
+    """It is of a later step than the state, as after a kill between an evaluation and its state; or gone."""
+    from ris_train.checkpoint import read_metadata
+
+    shutil.copytree(whole, tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
+    best, state = run.checkpoint_path("best"), run.checkpoints_dir / "state-4"
+    best_then = read_state(state)[0].best.step
+    for damage in (lambda: best.write_bytes(run.checkpoint_path("last").read_bytes()), best.unlink):
+        damage()
+        heard = Heard()
+        report = run_short(run.path, "train.steps=5", resume=True, from_state=state, progress=heard)
+        assert any(f"the best so far by step {best_then}" in message for message in heard.messages)
+        assert report.best_step == read_metadata(best).step == 5
+        state = run.checkpoints_dir / "state-4"
+    assert read_metadata(best).val["oIoU"] == report.best.values["oIoU"]
+    again = run_short(run.path, "train.steps=5", resume=True)
+    assert again.best_step == 5
+
+
+def test_an_edited_configuration_does_not_change_a_run_unseen(run_short, whole, tmp_path):
+    """A file that was cut short reads as one with defaults."""
+    shutil.copytree(whole, tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
+    run.write_config(run.read_config().model_copy(update={"recipe": "paper"}))
+    before = run.config_path.read_text()
+    edited = run.read_config()
+    with pytest.raises(ConfigError, match="recipe was 'tiny', is 'paper'"):
+        find_resume_point(run, edited, chosen=None, say=lambda message: None)
+    assert run.config_path.read_text() == before
+
+
+def test_a_lost_record_of_the_environment_is_written_again(run_short, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "env.json").unlink()
+    run_short(tmp_path / "run", resume=True)
+    assert json.loads((tmp_path / "run" / "env.json").read_text())["device"] == "cpu"
+
+
+def test_a_state_that_is_a_file_is_damaged(tmp_path):
+    (tmp_path / "state-3").write_text("")
+    with pytest.raises(CheckpointError, match=r"state\.json is missing"):
+        read_state(tmp_path / "state-3")
+
+
+def test_a_run_that_another_process_trains_is_left_alone(run_short, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr("ris_train.run.LOCK_SECONDS", 0.05)
+    shutil.copytree(whole, tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
+    with run.held(), pytest.raises(CheckpointError, match="being trained by another process"):
+        run_short(run.path, "train.steps=7", resume=True)
+    assert run.read_config().train.steps == 6
+    assert run_short(run.path, resume=True).resumed_from == 6, "it is free again"
+    with run.held():
+        pass
+
+
 def test_metrics_that_somebody_shortened_are_an_error(run_short, tmp_path):
     run = tmp_path / "run"
     run_short(run)
@@ -202,3 +259,67 @@ def test_a_state_holds_plain_tensors_and_json(whole):
     }  # fmt: skip
     body = json.loads(json.loads((state / "state.json").read_text())["state"])
     assert (body["step"], body["consumed"]) == (6, 24)
+
+
+def test_a_run_is_not_given_fewer_steps_than_it_has_taken(run_short, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"has taken 6 steps already; train\.steps is 3\. ") as caught:
+        run_short(tmp_path / "run", "train.steps=3", resume=True)
+    assert caught.value.exit_code == 2
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_run_cut_down_to_where_it_was_stopped_is_evaluated_there(run_short, metrics, tmp_path):
+    """It was stopped before its first evaluation."""
+    run = tmp_path / "run"
+    with pytest.raises(StoppedError):
+        run_short(run, should_stop=StopAfter(1))
+    report = run_short(run, "train.steps=1", resume=True)
+    assert [line["step"] for line in metrics(run) if "val" in line] == [1]
+    assert report.best_step == report.resumed_from == 1
+    lines = metrics(run)
+    again = run_short(run, "train.steps=1", resume=True)
+    assert (again.best, again.best_step) == (report.best, report.best_step)
+    assert metrics(run) == lines, "it is complete now"
+
+
+def test_a_finished_run_cut_down_to_an_earlier_state_is_one_of_that_step(run_short, metrics, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    state = tmp_path / "run" / "checkpoints" / "state-4"
+    report = run_short(tmp_path / "run", "train.steps=4", resume=True, from_state=state)
+    run = RunDirectory(tmp_path / "run")
+    assert report.best_step == read_metadata(run.checkpoint_path("best")).step <= 4
+    assert read_metadata(run.checkpoint_path("last")).step == 4
+    assert max(line["step"] for line in metrics(run.path)) == 4
+
+
+def test_a_state_is_named_from_wherever_one_is(whole, monkeypatch):
+    checkpoints = whole / "checkpoints"
+    for place, name in (
+        (checkpoints, "state-4"),
+        (checkpoints / "state-4", "."),
+        (whole, "../run/checkpoints/state-4"),
+    ):
+        monkeypatch.chdir(place)
+        run, state = resume_target(Path(name))
+        assert (run.path, state) == (whole.resolve(), checkpoints.resolve() / "state-4")
+    monkeypatch.chdir(whole)
+    assert resume_target(Path()) == (RunDirectory(whole.resolve()), None)
+
+
+def test_states_that_a_run_at_work_removes_meanwhile_are_not_damaged(whole, tmp_path, monkeypatch):
+    """It writes state-8 and removes both that were there, after they were listed."""
+    shutil.copytree(whole, tmp_path / "run")
+    run, heard = RunDirectory(tmp_path / "run"), Heard()
+
+    def meanwhile(path: Path) -> object:
+        if path.name == "state-6" and path.exists():
+            path.rename(path.with_name("state-8"))
+            shutil.rmtree(path.with_name("state-4"))
+        return read_state(path)
+
+    monkeypatch.setattr(state_module, "read_state", meanwhile)
+    found = latest_state(run, heard.say)
+    assert found is not None
+    assert (found[0].name, heard.messages) == ("state-8", [])
