@@ -186,8 +186,13 @@ def dfam_losses(
             total=part.num_pairs,
             generator=generator,
         )
-        instances = torch.stack([found.instances for found in matchings])
-        labels = sample_at(targets.instance_masks[instances], points).flatten(0, 1)
+        # The masks of the targets are large, so those of one layer are taken at a time.
+        labels = torch.cat(
+            [
+                sample_at(targets.instance_masks[found.instances], layer_points)
+                for found, layer_points in zip(matchings, points, strict=True)
+            ]
+        )
     logits = sample_at(matched, points).flatten(0, 1)
     vl = [text_loss(layer.text_logits, found, targets.is_related, part) for layer, found in pairs]
     return (

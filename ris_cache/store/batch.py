@@ -120,9 +120,10 @@ class FeatureBatch:
         moved = {
             name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in self.stored.items()
         }
-        if any(tensor.is_cuda for tensor in moved.values()):
+        # On the stream that copies: another thread's current device may be another GPU.
+        for place in {tensor.device for tensor in moved.values() if tensor.is_cuda}:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
+            event.record(torch.cuda.current_stream(place))
             self.copies.append(event)
         return decode_tensors(self.dtype, moved, to=dtype or torch.float32)
 

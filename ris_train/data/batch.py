@@ -251,7 +251,9 @@ class BatchBuilder:
         The result shares no memory with the features, whose buffers are used again.
         """
         if self._device.type != "cpu":
-            return features.to(self._device)
+            # A thread begins on the first GPU, where nobody would wait for a copy to another one.
+            with torch.cuda.device(self._device):
+                return features.to(self._device)
         decoded = features.decoded()
         if features.dtype == "float32":  # decoding copies all others
             decoded = {name: array.copy() for name, array in decoded.items()}

@@ -17,7 +17,7 @@ from ris_cache.datasets.leakage import leaking_images
 from ris_cache.datasets.selection import Selection, matching_splits, parse_selections
 from ris_cache.errors import CacheMissError, ConfigError
 from ris_cache.store.cache import CategorySet, FeatureCache
-from ris_train.data.samples import Samples, load_samples
+from ris_train.data.samples import Samples, SampleSet, load_samples
 
 EVALUATION_SPLITS: Final[dict[str, tuple[str, ...]]] = {
     "refcoco.unc": ("val", "testA", "testB"),
@@ -140,34 +140,57 @@ def load_training_set(
     if val is not None:
         looked_at.add(require_one_split(val, "data.val").table_name)
     evaluated = evaluation_images(cache, selections, looked_at)
-    leaking = list({image_id for image_ids in evaluated.values() for image_id in image_ids})
     samples = Samples.of(())
     parts = []
     for one in selections:
-        loaded = load_samples(cache, one, text=text)
-        whole = Samples.of(loaded.samples)
-        meant = whole if with_no_target else whole.select(~whole.column("is_no_target"))
-        usable = meant.select(~meant.column("is_degenerate"))
-        clean = usable.select(~np.isin(usable.column("image_id"), leaking))
-        kept = clean if is_filtered else usable
-        name = f"{one.table_name}:{one.split}"
-        shared = leaking_images({name: set(usable.column("image_id").tolist())}, evaluated)[name]
-        parts.append(
-            TrainingPart(
-                selection=name,
-                expressions=len(kept),
-                images=len(np.unique(kept.column("image_id"))),
-                quarantined=loaded.quarantined,
-                degenerate=len(meant) - len(usable),
-                no_target=len(whole) - len(meant),
-                leaking_images=len(frozenset[int]().union(*shared.values())),
-                leaking_expressions=len(usable) - len(clean),
-                shared={other: len(image_ids) for other, image_ids in shared.items()},
-                is_filtered=is_filtered,
-            )
+        kept, part = _kept_of(
+            load_samples(cache, one, text=text),
+            f"{one.table_name}:{one.split}",
+            evaluated,
+            with_no_target=with_no_target,
+            is_filtered=is_filtered,
         )
         samples = samples + kept
+        parts.append(part)
     return TrainingSet(samples=samples, parts=tuple(parts))
+
+
+def _kept_of(
+    loaded: SampleSet,
+    name: str,
+    evaluated: Mapping[str, set[int]],
+    *,
+    with_no_target: bool,
+    is_filtered: bool,
+) -> tuple[Samples, TrainingPart]:
+    """Choose what a split gives to a training set.
+
+    Args:
+        loaded: the split.
+        name: `dataset.split_by:split`.
+        evaluated: image_ids of the splits that others are scored on, by such names.
+        with_no_target: whether expressions that refer to nothing are kept.
+        is_filtered: whether those on images of `evaluated` are left out.
+    """
+    whole = Samples.of(loaded.samples)
+    meant = whole if with_no_target else whole.select(~whole.column("is_no_target"))
+    usable = meant.select(~meant.column("is_degenerate"))
+    leaking = list(frozenset[int]().union(*evaluated.values()))
+    clean = usable.select(~np.isin(usable.column("image_id"), leaking))
+    kept = clean if is_filtered else usable
+    shared = leaking_images({name: set(usable.column("image_id").tolist())}, evaluated)[name]
+    return kept, TrainingPart(
+        selection=name,
+        expressions=len(kept),
+        images=len(np.unique(kept.column("image_id"))),
+        quarantined=loaded.quarantined,
+        degenerate=len(meant) - len(usable),
+        no_target=len(whole) - len(meant),
+        leaking_images=len(frozenset[int]().union(*shared.values())),
+        leaking_expressions=len(usable) - len(clean),
+        shared={other: len(image_ids) for other, image_ids in shared.items()},
+        is_filtered=is_filtered,
+    )
 
 
 def require_splits(text: str, key: str) -> tuple[Selection, ...]:

@@ -86,7 +86,7 @@ class DeformableAttention(nn.Module):
         offsets, scores = torch.split(asked, [2 * num_weights, num_weights], dim=1)
         weights = scores.view(batch_size, heads, levels * points, num_cells).softmax(dim=2)
         summed = sample_levels(
-            maps.view(batch_size * heads, channels // heads, -1),
+            maps.view(batch_size * heads, channels // heads, num_cells),
             sizes,
             self._grids(offsets, centres, sizes),
             weights.view(batch_size * heads, levels, points, num_cells),

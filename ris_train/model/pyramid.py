@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ris_train.model.norms import ChannelLayerNorm
@@ -33,6 +34,9 @@ class SimpleFeaturePyramid(nn.Module):
         Returns:
             float[B, C, P·scale, P·scale] for each scale, finest first.
         """
+        # The norms put channels last for what follows them; beginning so saves each level a conversion, and
+        # pooling runs over rows of channels.
+        features = features.contiguous(memory_format=torch.channels_last)
         return [level(features) for level in self.levels]
 
 

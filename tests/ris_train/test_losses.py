@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import ris_train.losses
 from ris_cache.store.tables import NO_CATEGORY
 from ris_train.config import LossConfig
 from ris_train.losses import (
@@ -389,6 +390,21 @@ def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
         },
         rel=1e-5,
     )
+
+
+def test_the_masks_of_the_targets_are_taken_for_one_layer_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 1024 × 1024, 32 of them are 134 MB; four layers at once would be four times that."""
+    outputs, targets = random_batch()
+    read: list[int] = []
+
+    def noting(masks: Tensor, points: Tensor) -> Tensor:
+        read.append(masks.shape.numel() if masks.shape[-2:] == targets.masks.shape[-2:] else 0)
+        return sample_at(masks, points)
+
+    monkeypatch.setattr(ris_train.losses, "sample_at", noting)
+    total_loss(outputs, targets, LossConfig(num_points=8))
+    assert sum(read) == 4 * targets.instance_masks.numel()
+    assert max(read) == targets.instance_masks.numel()
 
 
 def test_reported_terms_carry_no_gradient() -> None:

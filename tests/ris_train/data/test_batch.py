@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -298,7 +300,28 @@ def test_a_union_is_where_any_instance_of_the_sample_is(counts: list[int], seed:
         first += count
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_as_many_instances_as_samples_are_not_one_of_each(
+    cache: FeatureCache,
+    tokenizer: Tokenizer,
+    categories: CategorySet,
+    samples: tuple[Sample, ...],
+    masks: TargetMasks,
+) -> None:
+    """Two targets of one sample and none of the other: unions are not the instances in their order."""
+    image_id = samples[0].image_id
+    own = [ann_id for ann_id, one in cache.instances(TABLE).items() if one.image_id == image_id]
+    both = tuple(own[:2])
+    assert len(both) == 2
+    nothing = replace(samples[1], ann_ids=(), category_id=NO_CATEGORY)
+    asked = (replace(samples[0], ann_ids=both), nothing)
+    targets = build(cache, tokenizer, categories).training_batch(asked, masks, vl_exclude="referent").targets
+    assert targets is not None
+    assert targets.instance_samples.tolist() == [0, 0]
+    assert torch.equal(targets.masks[0], targets.instance_masks.amax(dim=0))
+    assert not targets.masks[1].any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int8"])
 def test_a_batch_keeps_nothing_of_the_buffers_it_was_read_into(
     cache: FeatureCache,
     tokenizer: Tokenizer,
@@ -312,10 +335,14 @@ def test_a_batch_keeps_nothing_of_the_buffers_it_was_read_into(
         "float16": lambda array: array,
         "bfloat16": lambda array: (array.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16),
         "float32": lambda array: array.astype(np.float32),
+        "int8": lambda array: (array * 9).clip(-127, 127).astype(np.int8),
     }
-    features = replace(
-        read, dtype=dtype, stored={name: as_stored[dtype](array) for name, array in read.stored.items()}
-    )
+    stored = {name: as_stored[dtype](array) for name, array in read.stored.items()}
+    if dtype == "int8":
+        stored["clip_pooled"] = read.stored["clip_pooled"]
+        for name in ("sam", "clip"):
+            stored[f"{name}_scale"] = np.full((len(samples), *[1] * (stored[name].ndim - 1)), 0.5, np.float32)
+    features = replace(read, dtype=dtype, stored=stored)
     inputs = build(cache, tokenizer, categories).inputs(samples, features)
     before = inputs.image_embeddings.clone(), inputs.clip_features.clone()
     for array in features.stored.values():
@@ -331,3 +358,28 @@ def test_features_of_other_samples_are_not_taken(
     features = cache.read([sample.image_id for sample in samples[::-1]])
     with pytest.raises(AssertionError, match="features of other samples"):
         build(cache, tokenizer, categories).inputs(samples, features)
+
+
+def test_features_go_to_a_gpu_with_that_gpu_as_the_threads_own(
+    cache: FeatureCache, tokenizer: Tokenizer, categories: CategorySet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies are waited for on the thread's own GPU, which for a new thread is the first one."""
+    own: list[torch.device] = []
+
+    @contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        own.append(chosen)
+        yield
+        own.pop()
+
+    class Features:
+        """Notes where a copy is made from."""
+
+        def to(self, wanted: torch.device) -> list[torch.device]:
+            return [wanted, *own]
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    second = torch.device("cuda", 1)
+    builder = BatchBuilder(cache, tokenizer, categories=categories, category_source="none", device=second)
+    assert builder._decoded(Features()) == [second, second]  # type: ignore[arg-type,comparison-overlap]
+    assert own == []

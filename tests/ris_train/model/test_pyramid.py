@@ -76,3 +76,28 @@ def test_a_level_is_its_resize_then_two_normed_convolutions(scale: float) -> Non
     hidden = norm_by_hand(torch.einsum("bchw,dc->bdhw", resized, pointwise.weight[:, :, 0, 0]), first_norm)
     expected = norm_by_hand(F.conv2d(hidden, spatial.weight, padding=1), second_norm)
     torch.testing.assert_close(pyramid(features)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scales", [(2, 1, 0.5), (1, 0.5, 0.25)])
+def test_how_the_map_lies_in_memory_changes_nothing(scales: tuple[float, ...]) -> None:
+    """Levels and gradients; every level comes out with its channels last, so that nothing converts them."""
+    pyramid = SimpleFeaturePyramid(8, scales)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        features = torch.linspace(-1, 1, 2 * 8 * 12 * 12).sin().view(2, 8, 12, 12)
+        features = features.contiguous(memory_format=layout).requires_grad_()
+        levels = pyramid(features)
+        assert all(level.is_contiguous(memory_format=torch.channels_last) for level in levels)
+        gradient = torch.autograd.grad([level.square().sum() for level in levels], [features])
+        found.append([*levels, *gradient])
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_pooling_runs_over_rows_of_channels() -> None:
+    pyramid = SimpleFeaturePyramid(8, (1, 0.5, 0.25))
+    given: list[Tensor] = []
+    for level in pyramid.levels:
+        level.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    pyramid(torch.randn(2, 8, 16, 16))
+    assert len(given) == 3
+    assert all(features.is_contiguous(memory_format=torch.channels_last) for features in given)
