@@ -11,7 +11,7 @@ DECAY = 0.98
 
 
 class TrainProgress(Progress):
-    """Steps done, loss, expressions and different images per second, share of the time spent waiting for data, time left."""
+    """Steps done, loss, expressions and different images per second, share of waiting for data, time left."""
 
     def __init__(self, *, is_terminal: bool | None = None, interval: float = SECONDS_BETWEEN_LINES) -> None:
         """Choose between bar and lines.

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from ris_cache.store.files import is_safe_relative
+from ris_cache.errors import CheckpointError
+from ris_cache.store.files import is_safe_relative, sha256_file
 from ris_train.arithmetic import feature_arithmetic
 from ris_train.checkpoint import CheckpointMetadata
+from ris_train.run import RunDirectory
 
 WEIGHTS_NAME = "model.safetensors"
 RECORD_NAME = "config.json"
@@ -17,6 +21,10 @@ CARD_NAME = "README.md"
 TOKENIZER_NAME = "tokenizer"
 UNKNOWN_LICENCE = "unknown"
 NOT_RECORDED = "Not recorded.\n"
+LIBRARY_NAME: Final = "ris"
+PIPELINE_TAG: Final = "image-segmentation"
+# In the alphabet's order, as the hub's mixin has them; one of them is its own.
+TAGS: Final = ("clip", "model_hub_mixin", "referring-image-segmentation", "segment-anything")
 
 
 class _Record(BaseModel):
@@ -88,6 +96,61 @@ class ModelRecord(_Record):
         return value
 
 
+def read_record(folder: Path) -> ModelRecord:
+    """Read what a folder says of its model, without the weights.
+
+    Raises:
+        CheckpointError: there is no model of this version of ris.
+    """
+    path = folder / RECORD_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        what = (
+            f"{folder} is a training run. Name it with --run, or write its model as a folder with "
+            "`ris runs export`."
+            if RunDirectory(folder).config_path.is_file()
+            else f"{folder} has no {RECORD_NAME}, so it holds no model of ris."
+        )
+        raise CheckpointError(what, path=folder) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.", path=path) from error
+    try:
+        record = ModelRecord.model_validate_json(text)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise CheckpointError(
+            f"{path} does not describe a model of this version of ris: {where}: {problem['msg']}.", path=path
+        ) from error
+    if not record.files:
+        raise CheckpointError(f"{path} names no files. Export the model again.", path=path)
+    return record
+
+
+def require_whole(folder: Path, record: ModelRecord) -> None:
+    """Refuse files that are not those which config.json was written for.
+
+    Raises:
+        CheckpointError: one is missing, or another.
+    """
+    for name, expected in record.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} is missing, which {RECORD_NAME} names. Fetch or export the model again.", path=path
+            )
+        found = sha256_file(path).sha256
+        if found != expected:
+            raise CheckpointError(
+                f"{path} is not the file that {RECORD_NAME} describes (sha256 {found[:12]}, expected "
+                f"{expected[:12]}): damaged, or of another model. Fetch or export the model again.",
+                path=path,
+                expected=expected,
+                found=found,
+            )
+
+
 def render_card(record: ModelRecord, *, licence: str) -> str:
     """Write the model card in Markdown, with the hub's front matter.
 
@@ -131,9 +194,13 @@ def render_card(record: ModelRecord, *, licence: str) -> str:
 
 
 def _front_matter(licence: str) -> str:
-    lines = ["library_name: ris", "pipeline_tag: image-segmentation", f"license: {licence}"]
-    lines += ["tags:", "- referring-image-segmentation", "- segment-anything", "- clip"]
-    return "\n".join(["---", *lines, "---", ""])
+    facts = {
+        "library_name": LIBRARY_NAME,
+        "pipeline_tag": PIPELINE_TAG,
+        "license": licence,
+        "tags": [*TAGS],
+    }
+    return f"---\n{yaml.safe_dump(facts, sort_keys=False)}---\n"
 
 
 def _usage(record: ModelRecord, *, reads_category: bool) -> str:

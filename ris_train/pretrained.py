@@ -3,45 +3,64 @@
 <folder>/config.json  model.safetensors  tokenizer/  README.md
 
 The first is written last and holds the digests of the others, so that half a download or a mixture of two
-models is refused. Weights are safetensors; nothing that is read can run code.
+models is refused. Weights are safetensors; nothing that is read can run code. The hub's mixin gives the
+interface that people know; the files are all ours.
 """
 
 from __future__ import annotations
 
-import re
+import inspect
+import os
+import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Final, Self
 
+import huggingface_hub
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save
 
 from ris_cache.errors import CheckpointError, ConfigError, RisError
-from ris_cache.store.files import digest_of, remove_files, sha256_file, write_atomically
+from ris_cache.store.files import (
+    digest_of,
+    make_directories,
+    remove_files,
+    sync_directory,
+    write_atomically,
+)
 from ris_train.checkpoint import CheckpointMetadata, build_from_metadata, load_checkpoint, load_weights
 from ris_train.data.text import Tokenizer
+from ris_train.hub import quiet_hub
 from ris_train.model.segmenter import RisModel
 from ris_train.model_card import (
     CARD_NAME,
+    LIBRARY_NAME,
+    PIPELINE_TAG,
     RECORD_NAME,
+    TAGS,
     TOKENIZER_NAME,
     UNKNOWN_LICENCE,
     WEIGHTS_NAME,
     ModelRecord,
     render_card,
+    require_whole,
 )
+from ris_train.model_card import read_record as read_record
+from ris_train.model_source import HUB_FAILURES, find_folder, reason
 from ris_train.run import RunDirectory
 from ris_train.run_facts import reported_scores, trained_on
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_CONFIG_IS_OURS: Final = {"format": "ris-model"}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RISModel:
+# Without slots: the mixin has none, and would meet the class that dataclass makes of them a second time.
+@dataclass(frozen=True, kw_only=True)
+class RISModel(
+    huggingface_hub.ModelHubMixin, library_name=LIBRARY_NAME, pipeline_tag=PIPELINE_TAG, tags=[*TAGS]
+):
     """A trained model together with what it takes to use and to describe it.
 
     Attributes:
@@ -54,29 +73,77 @@ class RISModel:
     record: ModelRecord
     tokenizer: Tokenizer
 
+    # The mixin gathers arguments of __init__ for config.json, and sets them, unless there is something.
+    _hub_mixin_config = _CONFIG_IS_OURS
+
     @property
     def metadata(self) -> CheckpointMetadata:
         """What its checkpoint says of itself."""
         return self.record.checkpoint
 
     @classmethod
-    def from_pretrained(
-        cls, path_or_hub_id: str | Path, *, device: torch.device | str = "cpu", revision: str | None = None
-    ) -> RISModel:
+    def from_pretrained(  # type: ignore[override]  # takes no other keyword: a misspelt one is an error
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Self:
         """Load a model from a folder that `save_pretrained` wrote, or from the hub.
 
         Args:
             path_or_hub_id: a folder, or `owner/name`; what exists as a folder is one.
             device: where the network goes.
             revision: branch, tag or commit on the hub; the default branch by default.
+            token: by default the one that `hf auth login` keeps; False sends none.
+            cache_dir: where what is fetched is kept; by default the hub's own cache.
+            local_files_only: take what was fetched before, and ask nobody.
+            force_download: fetch it again.
 
         Raises:
             CheckpointError: nothing is there, or a damaged model, or one of another version of ris.
             ConfigError: a revision of a local folder.
         """
-        folder = _find_folder(path_or_hub_id, revision)
-        record = _read_record(folder)
-        _require_whole(folder, record)
+        # The mixin's own would read config.json first, as arguments of __init__.
+        return cls._from_pretrained(
+            model_id=path_or_hub_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            device=device,
+        )
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]  # likewise
+        cls,
+        *,
+        model_id: str | Path,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        device: torch.device | str = "cpu",
+        proxies: None = None,
+        resume_download: None = None,
+    ) -> Self:
+        """As `from_pretrained`; the last two are what older mixins send besides."""
+        folder = find_folder(
+            model_id,
+            revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        record = read_record(folder)
+        require_whole(folder, record)
         try:
             network = build_from_metadata(record.checkpoint)
             load_weights(network, folder / WEIGHTS_NAME)
@@ -120,48 +187,76 @@ class RISModel:
         )
         return cls(network=network, record=record, tokenizer=tokenizer)
 
-    def save_pretrained(self, folder: str | Path, *, licence: str = UNKNOWN_LICENCE) -> Path:
-        """Write the model into a folder, over one that is there; returns it.
+    def save_pretrained(  # type: ignore[override]  # what config.json says is not the caller's to give
+        self,
+        folder: str | Path,
+        *,
+        licence: str = UNKNOWN_LICENCE,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **upload: Any,
+    ) -> Path | str:
+        """Write the model into a folder, over one that is there; returns it, or what `push_to_hub` returns.
 
         Args:
             folder: made if need be.
             licence: for the model card, as the hub names licences; `unknown` is a placeholder.
+            push_to_hub: upload the model as well; the folder's other files stay here.
+            repo_id: where to; by default the folder's name, among your own.
+            upload: other keywords of `push_to_hub`.
 
         Raises:
             CheckpointError: the folder has a config.json of something else.
             OSError: the folder cannot be written, or the disk is full.
+            RisError: the hub refuses the upload or cannot be reached; the folder is written.
         """
         folder = Path(folder)
-        before = _read_record(folder).files if (folder / RECORD_NAME).exists() else {}
+        repo_id = repo_id or folder.resolve().name
+        inspect.signature(self.push_to_hub).bind(repo_id, licence=licence, **upload)  # before all is written
+        self._save_pretrained(folder, licence=licence)
+        return self.push_to_hub(repo_id, licence=licence, **upload) if push_to_hub else folder
+
+    def _save_pretrained(self, save_directory: Path, *, licence: str = UNKNOWN_LICENCE) -> None:
+        before = read_record(save_directory).files if (save_directory / RECORD_NAME).exists() else {}
         tensors = self.network.state_dict().items()
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
         contents = {WEIGHTS_NAME: save(state, metadata={"format": "pt"}), **_tokenizer_files(self.tokenizer)}
         for name, content in contents.items():
-            write_atomically(folder / name, content)
-        remove_files(folder, before.keys() - contents.keys())
+            write_atomically(save_directory / name, content)
+        remove_files(save_directory, before.keys() - contents.keys())
         digests = {name: digest_of(content).sha256 for name, content in contents.items()}
         record = self.record.model_copy(update={"files": digests})
-        write_atomically(folder / CARD_NAME, render_card(record, licence=licence).encode())
-        write_atomically(folder / RECORD_NAME, (record.model_dump_json(indent=1) + "\n").encode())
-        return folder
+        write_atomically(save_directory / CARD_NAME, str(self.generate_model_card(licence=licence)).encode())
+        write_atomically(save_directory / RECORD_NAME, (record.model_dump_json(indent=1) + "\n").encode())
 
-    def push_to_hub(
+    def generate_model_card(self, *, licence: str = UNKNOWN_LICENCE) -> huggingface_hub.ModelCard:
+        """The card that is saved beside the weights, as the hub reads it."""
+        return huggingface_hub.ModelCard(render_card(self.record, licence=licence))
+
+    def push_to_hub(  # type: ignore[override]  # a part of a model is none: no allow_patterns
         self,
         repo_id: str,
         *,
         licence: str = UNKNOWN_LICENCE,
         private: bool = True,
-        token: str | None = None,
+        token: str | bool | None = None,
         commit_message: str | None = None,
+        branch: str | None = None,
+        create_pr: bool = False,
+        delete_patterns: list[str] | str | None = None,
     ) -> str:
         """Upload the model as one commit; the repository is made if need be.
 
         Args:
-            repo_id: `owner/name`.
+            repo_id: `owner/name`, or a name among your own.
             licence: as in `save_pretrained`. The card replaces one that is there.
             private: whether a repository that is made is private.
             token: by default the one that `hf auth login` keeps.
             commit_message: by default it names the run and the step.
+            branch: one that is there; the default branch by default.
+            create_pr: propose the commit as a pull request.
+            delete_patterns: other files of the repository that the commit removes; those of a tokenizer
+                that was there before always go.
 
         Returns:
             Where the commit can be seen.
@@ -169,21 +264,24 @@ class RISModel:
         Raises:
             RisError: the hub refuses it or cannot be reached.
         """
-        import huggingface_hub
-
+        patterns = [delete_patterns] if isinstance(delete_patterns, str) else delete_patterns or []
         api = huggingface_hub.HfApi(token=token)
         with TemporaryDirectory(prefix="ris-") as folder:
-            self.save_pretrained(folder, licence=licence)
+            self._save_pretrained(Path(folder), licence=licence)
             try:
-                api.create_repo(repo_id, private=private, exist_ok=True)
-                commit: Any = api.upload_folder(
-                    repo_id=repo_id,
-                    folder_path=folder,
-                    commit_message=commit_message or f"{self.record.name}, step {self.metadata.step}",
-                )
-            except _hub_failures() as error:
+                with quiet_hub():
+                    repository = api.create_repo(repo_id, private=private, exist_ok=True)
+                    commit: Any = api.upload_folder(
+                        repo_id=repository.repo_id,
+                        folder_path=folder,
+                        commit_message=commit_message or f"{self.record.name}, step {self.metadata.step}",
+                        revision=branch,
+                        create_pr=create_pr,
+                        delete_patterns=[f"{TOKENIZER_NAME}/*", *patterns],
+                    )
+            except HUB_FAILURES as error:
                 raise RisError(
-                    f"The model could not be uploaded to {repo_id}: {_first_line(error)}. Check the name and "
+                    f"The model could not be uploaded to {repo_id}: {reason(error)}. Check the name and "
                     "log in with `hf auth login`, or write a folder with save_pretrained and upload that.",
                     repo_id=repo_id,
                 ) from error
@@ -197,12 +295,12 @@ def export(
     *,
     licence: str = UNKNOWN_LICENCE,
 ) -> Path:
-    """Write a checkpoint of a run as a folder to share.
+    """Write a checkpoint of a run as a new folder to share, which is there whole or not at all.
 
     Args:
         run: the run.
         checkpoint: `best` or `last`.
-        folder: by default `pretrained/<checkpoint>` within the run.
+        folder: empty or not there; by default `pretrained/<checkpoint>` within the run.
         licence: as in `RISModel.save_pretrained`.
 
     Returns:
@@ -210,54 +308,24 @@ def export(
 
     Raises:
         CheckpointError: as `RISModel.from_run`.
+        ConfigError: the folder holds something.
+        OSError: it cannot be written, or the disk is full; nothing is left of it.
     """
+    folder = folder or run.path / "pretrained" / checkpoint
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        what = "is not empty" if folder.is_dir() else "is a file"
+        raise ConfigError(f"{folder} {what}. Name a new folder, or remove this one.", path=folder)
     model = RISModel.from_run(run, checkpoint)
-    return model.save_pretrained(folder or run.path / "pretrained" / checkpoint, licence=licence)
-
-
-def _find_folder(path_or_hub_id: str | Path, revision: str | None) -> Path:
-    path = Path(path_or_hub_id)
-    if path.is_dir():
-        if revision is not None:
-            raise ConfigError(
-                f"{path} is a folder, which has no revisions; leave revision={revision!r} out.", path=path
-            )
-        return path
-    is_hub_id = isinstance(path_or_hub_id, str) and _HUB_ID.fullmatch(path_or_hub_id) and not path.exists()
-    if not is_hub_id:
-        raise CheckpointError(
-            f"There is no model at {path_or_hub_id}: give a folder with {RECORD_NAME}, or owner/name on the "
-            "hub.",
-            path=path,
-        )
-    return _download(str(path_or_hub_id), revision)
-
-
-def _download(repo_id: str, revision: str | None) -> Path:
-    """Fetch what a model is loaded from into the hub's own cache, and nothing else of the repository."""
-    import huggingface_hub
-
+    target = folder.resolve()
+    make_directories(target.parent)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        found = huggingface_hub.snapshot_download(
-            repo_id,
-            revision=revision,
-            allow_patterns=[RECORD_NAME, WEIGHTS_NAME, CARD_NAME, f"{TOKENIZER_NAME}/*"],
-        )
-    except _hub_failures() as error:
-        raise CheckpointError(
-            f"There is no folder {repo_id}, and no model of that name could be had from the hub"
-            f"{'' if revision is None else f' at {revision}'}: {_first_line(error)}.",
-            repo_id=repo_id,
-            revision=revision,
-        ) from error
-    return Path(str(found))
-
-
-def _hub_failures() -> tuple[type[Exception], ...]:
-    """What the hub raises: its own errors, and those of whichever HTTP client this version of it uses."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return (OSError, ValueError, *HfHubHTTPError.__bases__)
+        model.save_pretrained(temporary, licence=licence)
+        temporary.rename(target)
+        sync_directory(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
 
 
 def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -265,52 +333,3 @@ def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     with TemporaryDirectory(prefix="ris-") as folder:
         tokenizer.save(Path(folder))
         return {f"{TOKENIZER_NAME}/{path.name}": path.read_bytes() for path in sorted(Path(folder).iterdir())}
-
-
-def _read_record(folder: Path) -> ModelRecord:
-    path = folder / RECORD_NAME
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        what = (
-            f"{folder} is a training run. Write its model as a folder with ris_train.pretrained.export."
-            if RunDirectory(folder).config_path.is_file()
-            else f"{folder} has no {RECORD_NAME}, so it holds no model of ris."
-        )
-        raise CheckpointError(what, path=folder) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}.", path=path) from error
-    try:
-        record = ModelRecord.model_validate_json(text)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"])
-        raise CheckpointError(
-            f"{path} does not describe a model of this version of ris: {where}: {problem['msg']}.", path=path
-        ) from error
-    if not record.files:
-        raise CheckpointError(f"{path} names no files. Export the model again.", path=path)
-    return record
-
-
-def _require_whole(folder: Path, record: ModelRecord) -> None:
-    """Refuse files that are not those which config.json was written for."""
-    for name, expected in record.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path} is missing, which {RECORD_NAME} names. Fetch or export the model again.", path=path
-            )
-        found = sha256_file(path).sha256
-        if found != expected:
-            raise CheckpointError(
-                f"{path} is not the file that {RECORD_NAME} describes (sha256 {found[:12]}, expected "
-                f"{expected[:12]}): damaged, or of another model. Fetch or export the model again.",
-                path=path,
-                expected=expected,
-                found=found,
-            )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import errno
 import functools
 import json
 import shutil
@@ -13,9 +16,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
+import ris_train.pretrained
 from ris_cache.errors import CheckpointError, ConfigError, RisError
 from ris_train.checkpoint import load_checkpoint
 from ris_train.model_card import ModelRecord, ReportedScore, TrainedOn, render_card
@@ -125,7 +128,7 @@ def test_a_run_that_recorded_little_can_be_shared(run: RunDirectory, tmp_path: P
     shutil.rmtree(copy.path / "eval")
     copy.metrics_path.unlink()
     (copy.path / "env.json").write_text("damaged")
-    folder = export(copy)
+    folder = export(copy, "best", tmp_path / "model")
     record = RISModel.from_pretrained(folder).record
     assert (record.trained_on, record.scores) == ((), ())
     card = (folder / "README.md").read_text()
@@ -136,9 +139,9 @@ def test_a_run_that_recorded_little_can_be_shared(run: RunDirectory, tmp_path: P
 def test_the_card_says_what_a_reader_must_know(exported: Path) -> None:
     card = (exported / "README.md").read_text()
     record = RISModel.from_pretrained(exported).record
-    front = yaml.safe_load(card.split("---")[1])
-    assert front["library_name"] == "ris"
-    assert front["license"] == "unknown"
+    facts = huggingface_hub.ModelCard.load(exported / "README.md").data
+    assert (facts.library_name, facts.pipeline_tag, facts.license) == ("ris", "image-segmentation", "unknown")
+    assert facts.tags == ["clip", "model_hub_mixin", "referring-image-segmentation", "segment-anything"]
     assert "**Not chosen yet.**" in card
     assert record.checkpoint.fingerprint in card
     assert "| arithmetic of the features | float32 |" in card
@@ -158,9 +161,17 @@ def test_the_card_says_what_a_reader_must_know(exported: Path) -> None:
 def test_a_licence_replaces_the_placeholder(exported: Path, tmp_path: Path) -> None:
     folder = RISModel.from_pretrained(exported).save_pretrained(tmp_path / "m", licence="cc-by-4.0")
     card = (folder / "README.md").read_text()
-    assert yaml.safe_load(card.split("---")[1])["license"] == "cc-by-4.0"
+    assert huggingface_hub.ModelCard(card).data.license == "cc-by-4.0"
     assert "Not chosen yet" not in card
     assert "`cc-by-4.0`" in card
+
+
+@pytest.mark.parametrize("licence", ["no", "1.0", "a: b", "mine\n---\ntags: [x]"])
+def test_a_licence_of_any_text_stays_the_licence_and_nothing_else(exported: Path, licence: str) -> None:
+    record = RISModel.from_pretrained(exported).record
+    facts = huggingface_hub.ModelCard(render_card(record, licence=licence)).data
+    assert facts.license == licence
+    assert "x" not in facts.tags
 
 
 def test_scores_that_are_undefined_are_dashes_and_bars_do_not_break_a_table(exported: Path) -> None:
@@ -260,11 +271,41 @@ def test_a_folder_without_a_model_says_so_and_a_run_says_how_to_export_it(
 ) -> None:
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         RISModel.from_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"ris_train\.pretrained\.export"):
+    with pytest.raises(CheckpointError, match=r"training run.*--run.*`ris runs export`"):
         RISModel.from_pretrained(run.path)
     (tmp_path / "config.json").write_bytes(b"\xff\xfe")
     with pytest.raises(CheckpointError, match="cannot be read"):
         RISModel.from_pretrained(tmp_path)
+
+
+def test_an_export_is_there_whole_or_not_at_all(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when the last file comes; then there is room, and an empty folder to write into."""
+    out = tmp_path / "models" / "first"
+
+    def full(record: ModelRecord, *, licence: str) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ris_train.pretrained, "render_card", full)
+        with pytest.raises(OSError, match="No space left"):
+            export(run, "best", out)
+    assert list(out.parent.iterdir()) == []
+    out.mkdir()
+    assert export(run, "best", out) == out
+    assert [path.name for path in out.parent.iterdir()] == ["first"]
+    assert RISModel.from_pretrained(out).record.name == "first"
+
+
+@pytest.mark.parametrize("what", ["a file in it", "a file of its name"])
+def test_an_export_is_never_written_over_anything(run: RunDirectory, tmp_path: Path, what: str) -> None:
+    path = tmp_path / "model" / "mine.txt"
+    path.parent.mkdir()
+    path.write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty" if what == "a file in it" else "is a file"):
+        export(run, "best", path.parent if what == "a file in it" else path)
+    assert [found.name for found in tmp_path.rglob("*")] == ["model", "mine.txt"]
 
 
 def test_a_model_is_never_written_over_something_else(exported: Path, tmp_path: Path) -> None:
@@ -306,6 +347,51 @@ def test_a_hub_name_is_fetched_by_revision_and_nothing_but_the_model(
     ((repo_id, settings),) = asked
     assert (repo_id, settings["revision"]) == ("someone/ris-tiny", "v1")
     assert settings["allow_patterns"] == ["config.json", "model.safetensors", "README.md", "tokenizer/*"]
+    assert {name: value for name, value in settings.items() if value} == {
+        "revision": "v1",
+        "allow_patterns": settings["allow_patterns"],
+    }
+
+
+def test_the_mixins_keywords_of_fetching_reach_the_hub(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetching: dict[str, Any] = {
+        "token": "secret",
+        "cache_dir": tmp_path,
+        "local_files_only": True,
+        "force_download": True,
+    }
+    asked: dict[str, Any] = {}
+
+    def stand_in(repo_id: str, **settings: Any) -> str:
+        asked.update(settings)
+        return str(exported)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", stand_in)
+    model = RISModel.from_pretrained("someone/ris-tiny", device="cpu", **fetching)
+    assert {name: asked[name] for name in fetching} == fetching
+    assert "secret" not in model.record.model_dump_json()
+    with pytest.raises(TypeError, match="local_file_only"):
+        RISModel.from_pretrained("someone/ris-tiny", local_file_only=True)  # type: ignore[call-arg]
+
+
+def test_what_was_not_fetched_before_is_not_there_without_asking(tmp_path: Path) -> None:
+    """The real client, which asks nobody."""
+    with pytest.raises(CheckpointError, match=r"could be had from the hub: \S.*\.$"):
+        RISModel.from_pretrained("someone/model", cache_dir=tmp_path, local_files_only=True)
+
+
+def test_what_the_hub_refuses_is_told_by_its_reason_without_status_and_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(repo_id: str, **settings: Any) -> str:
+        lines = "404 Client Error. (Request ID: Root=1)", "", f"Repository Not Found: {repo_id}.", "Log in."
+        raise OSError("\n".join(lines))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match=r"from the hub: Repository Not Found: someone/model\.$"):
+        RISModel.from_pretrained("someone/model")
 
 
 def test_a_hub_that_cannot_be_reached_is_said_so_in_a_sentence(
@@ -350,8 +436,9 @@ class HubStandIn:
 
     last: HubStandIn
 
-    def create_repo(self, repo_id: str, **settings: Any) -> None:
+    def create_repo(self, repo_id: str, **settings: Any) -> Any:
         self.created.append((repo_id, settings))
+        return SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
 
     def upload_folder(self, *, folder_path: str, **settings: Any) -> Any:
         root = Path(folder_path)
@@ -375,6 +462,9 @@ def test_pushing_uploads_the_folder_that_saving_writes(
     assert hub.settings == {
         "repo_id": "someone/ris-tiny",
         "commit_message": f"first, step {model.metadata.step}",
+        "revision": None,
+        "create_pr": False,
+        "delete_patterns": ["tokenizer/*"],
     }
     saved = model.save_pretrained(tmp_path / "saved", licence="mit")
     assert hub.sent == {
@@ -382,6 +472,104 @@ def test_pushing_uploads_the_folder_that_saving_writes(
     }
     assert not any(b"secret" in content for content in hub.sent.values())
     assert not hub.root.exists(), "the folder was for the upload alone"
+
+
+def test_the_mixins_keywords_of_uploading_reach_the_hub(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "HfApi", HubStandIn)
+    settings: dict[str, Any] = {"commit_message": "mine", "create_pr": True}
+    RISModel.from_pretrained(exported).push_to_hub(
+        "ris-tiny", branch="next", private=False, delete_patterns="*.bin", **settings
+    )
+    hub = HubStandIn.last
+    assert hub.created == [("ris-tiny", {"private": False, "exist_ok": True})]
+    assert hub.settings == settings | {
+        "repo_id": "me/ris-tiny",
+        "revision": "next",
+        "delete_patterns": ["tokenizer/*", "*.bin"],
+    }
+
+
+def test_saving_can_push_and_leaves_other_files_of_the_folder_here(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "HfApi", HubStandIn)
+    model = RISModel.from_pretrained(exported)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    url = model.save_pretrained(tmp_path / "mine", licence="mit", push_to_hub=True, token="secret")
+    hub = HubStandIn.last
+    assert (url, hub.token) == ("https://hub/commit/1", "secret")
+    assert hub.created == [("mine", {"private": True, "exist_ok": True})]
+    assert hub.sent.keys() == {
+        path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()
+    }
+    assert hub.sent["README.md"] == (tmp_path / "mine" / "README.md").read_bytes()
+    assert (
+        model.save_pretrained(tmp_path / "mine", repo_id="someone/else", branch="next") == tmp_path / "mine"
+    )
+    assert HubStandIn.last is hub, "nothing was asked for"
+
+
+@pytest.mark.parametrize("keyword", ["license", "config", "allow_patterns"])
+def test_a_keyword_that_saving_does_not_know_is_an_error_before_anything_is_written(
+    exported: Path, tmp_path: Path, keyword: str
+) -> None:
+    with pytest.raises(TypeError, match=keyword):
+        RISModel.from_pretrained(exported).save_pretrained(tmp_path / "m", **{keyword: "mit"})
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_transfer_that_breaks_off_says_of_which_file_and_why(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(HubStandIn):
+        def upload_folder(self, *, folder_path: str, **settings: Any) -> Any:
+            raise RuntimeError("Error while uploading 'model.safetensors'.") from OSError("reset by peer")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Broken)
+    with pytest.raises(
+        RisError, match=r"Error while uploading 'model\.safetensors' \(reset by peer\)\. Check"
+    ):
+        RISModel.from_pretrained(exported).push_to_hub("someone/model")
+
+
+def test_a_model_is_one_of_the_hubs_mixin_and_says_the_same_as_its_card(exported: Path) -> None:
+    model = RISModel.from_pretrained(exported)
+    assert isinstance(model, huggingface_hub.ModelHubMixin)
+    facts = huggingface_hub.ModelCard.load(exported / "README.md").data.to_dict()
+    assert model._hub_mixin_info.model_card_data.to_dict() == {
+        name: value for name, value in facts.items() if name != "license"
+    }
+    assert str(model.generate_model_card()) == (exported / "README.md").read_text()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        model.record = model.record  # type: ignore[misc]
+    assert dataclasses.replace(model).network is model.network
+    assert copy.copy(model).record == model.record
+
+
+def test_the_mixins_own_methods_write_and_read_the_very_same_model(
+    exported: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As code calls them that knows nothing of ris; older ones hand on two keywords more."""
+    mixin = huggingface_hub.ModelHubMixin
+    model = RISModel.from_pretrained(exported)
+    mixin.save_pretrained(model, tmp_path / "again")
+    for path in exported.rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "again" / path.relative_to(exported)).read_bytes() == path.read_bytes()
+    read = vars(mixin)["from_pretrained"].__func__
+    for more in ({}, {"proxies": None, "resume_download": None}):
+        again = read(RISModel, str(tmp_path / "again"), device="cpu", **more)
+        assert tensors_are_equal(model.network, again.network)
+        assert again.record == model.record
+    (tmp_path / "again" / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(CheckpointError, match="damaged, or of another model"):
+        read(RISModel, tmp_path / "again")
+    with pytest.raises(TypeError, match="devise"):
+        read(RISModel, tmp_path / "again", devise="cpu")
+    assert capfd.readouterr().err == ""
 
 
 def test_an_upload_that_fails_is_one_sentence_with_what_to_do(

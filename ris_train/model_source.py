@@ -1,0 +1,84 @@
+"""Where a shared model comes from: a folder, or the hub, of which only the model's own files are fetched."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError
+
+from ris_cache.errors import CheckpointError, ConfigError
+from ris_train.hub import quiet_hub
+from ris_train.model_card import CARD_NAME, RECORD_NAME, TOKENIZER_NAME, WEIGHTS_NAME
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_HTTP_STATUS = re.compile(r"[45]\d\d \w+ Error")
+# What the hub raises: its own errors, those of whichever HTTP client this version of it uses, and a
+# RuntimeError where the transfer of a file breaks off.
+HUB_FAILURES: Final[tuple[type[Exception], ...]] = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    *HfHubHTTPError.__bases__,
+)
+
+
+def find_folder(path_or_hub_id: str | Path, revision: str | None, **fetching: Any) -> Path:
+    """Return the folder of a model, fetched if it is on the hub.
+
+    Args:
+        path_or_hub_id: what exists as a folder is one; a `Path` is never a name on the hub.
+        revision: on the hub.
+        fetching: other keywords of the hub's `snapshot_download`.
+
+    Raises:
+        CheckpointError: neither a folder nor to be had from the hub.
+        ConfigError: a revision of a local folder.
+    """
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        if revision is not None:
+            raise ConfigError(
+                f"{path} is a folder, which has no revisions; leave revision={revision!r} out.", path=path
+            )
+        return path
+    is_hub_id = isinstance(path_or_hub_id, str) and _HUB_ID.fullmatch(path_or_hub_id) and not path.exists()
+    if not is_hub_id:
+        raise CheckpointError(
+            f"There is no model at {path_or_hub_id}: give a folder with {RECORD_NAME}, or owner/name on the "
+            "hub.",
+            path=path,
+        )
+    return _download(str(path_or_hub_id), revision, **fetching)
+
+
+def _download(repo_id: str, revision: str | None, **fetching: Any) -> Path:
+    """Fetch what a model is loaded from into the hub's cache, and nothing else of the repository."""
+    try:
+        with quiet_hub():
+            found = huggingface_hub.snapshot_download(
+                repo_id,
+                revision=revision,
+                allow_patterns=[RECORD_NAME, WEIGHTS_NAME, CARD_NAME, f"{TOKENIZER_NAME}/*"],
+                **fetching,
+            )
+    except HUB_FAILURES as error:
+        raise CheckpointError(
+            f"There is no folder {repo_id}, and no model of that name could be had from the hub"
+            f"{'' if revision is None else f' at {revision}'}: {reason(error)}.",
+            repo_id=repo_id,
+            revision=revision,
+        ) from error
+    return Path(str(found))
+
+
+def reason(error: BaseException) -> str:
+    """The line of the hub's message that says most: behind its status and request id, where it has any."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = lines[1 if len(lines) > 1 and _HTTP_STATUS.match(lines[0]) else 0].rstrip(".")
+    # Where a transfer broke off, that names the file; why it did is behind it.
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        return f"{line} ({reason(error.__cause__)})"
+    return line
