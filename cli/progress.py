@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from abc import ABC, abstractmethod
 from typing import NoReturn
 
 from tqdm import tqdm
@@ -11,7 +12,7 @@ from tqdm import tqdm
 SECONDS_BETWEEN_LINES = 30.0
 
 
-class Progress:
+class Progress(ABC):
     """A bar, or a line now and then; who inherits says what a line tells, in `_line`."""
 
     def __init__(self, what: str, unit: str, *, is_terminal: bool | None, interval: float) -> None:
@@ -49,8 +50,9 @@ class Progress:
             self._last_line = time.monotonic()
             print(self._line(), file=sys.stderr, flush=True)
 
+    @abstractmethod
     def _line(self) -> str:
-        raise NotImplementedError
+        """What a line tells."""
 
 
 class ImageProgress(Progress):

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError
 
 from ris_cache.errors import CheckpointError, ConfigError
-from ris_train.hub import quiet_hub
+from ris_train.hub import hub_failures, quiet_hub, reason
 from ris_train.model_card import CARD_NAME, RECORD_NAME, TOKENIZER_NAME, WEIGHTS_NAME
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-_HTTP_STATUS = re.compile(r"[45]\d\d \w+ Error")
-# What the hub raises: its own errors, those of whichever HTTP client this version of it uses, and a
-# RuntimeError where the transfer of a file breaks off.
-HUB_FAILURES: Final[tuple[type[Exception], ...]] = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    *HfHubHTTPError.__bases__,
-)
 
 
 def find_folder(path_or_hub_id: str | Path, revision: str | None, **fetching: Any) -> Path:
@@ -64,7 +54,7 @@ def _download(repo_id: str, revision: str | None, **fetching: Any) -> Path:
                 allow_patterns=[RECORD_NAME, WEIGHTS_NAME, CARD_NAME, f"{TOKENIZER_NAME}/*"],
                 **fetching,
             )
-    except HUB_FAILURES as error:
+    except hub_failures() as error:
         raise CheckpointError(
             f"There is no folder {repo_id}, and no model of that name could be had from the hub"
             f"{'' if revision is None else f' at {revision}'}: {reason(error)}.",
@@ -72,13 +62,3 @@ def _download(repo_id: str, revision: str | None, **fetching: Any) -> Path:
             revision=revision,
         ) from error
     return Path(str(found))
-
-
-def reason(error: BaseException) -> str:
-    """The line of the hub's message that says most: behind its status and request id, where it has any."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    line = lines[1 if len(lines) > 1 and _HTTP_STATUS.match(lines[0]) else 0].rstrip(".")
-    # Where a transfer broke off, that names the file; why it did is behind it.
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:
-        return f"{line} ({reason(error.__cause__)})"
-    return line

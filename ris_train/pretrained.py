@@ -33,7 +33,7 @@ from ris_cache.store.files import (
 )
 from ris_train.checkpoint import CheckpointMetadata, build_from_metadata, load_checkpoint, load_weights
 from ris_train.data.text import Tokenizer
-from ris_train.hub import quiet_hub
+from ris_train.hub import hub_failures, quiet_hub, reason
 from ris_train.model.segmenter import RisModel
 from ris_train.model_card import (
     CARD_NAME,
@@ -49,7 +49,7 @@ from ris_train.model_card import (
     require_whole,
 )
 from ris_train.model_card import read_record as read_record
-from ris_train.model_source import HUB_FAILURES, find_folder, reason
+from ris_train.model_source import find_folder
 from ris_train.run import RunDirectory
 from ris_train.run_facts import reported_scores, trained_on
 
@@ -279,7 +279,7 @@ class RISModel(
                         create_pr=create_pr,
                         delete_patterns=[f"{TOKENIZER_NAME}/*", *patterns],
                     )
-            except HUB_FAILURES as error:
+            except hub_failures() as error:
                 raise RisError(
                     f"The model could not be uploaded to {repo_id}: {reason(error)}. Check the name and "
                     "log in with `hf auth login`, or write a folder with save_pretrained and upload that.",
