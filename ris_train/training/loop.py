@@ -146,7 +146,8 @@ class Loop:
         self._ranks.collect(None)
         return StoppedError(
             f"{self._run.path} after step {self._step} of {self._config.steps}; its state is saved. "
-            f"Go on with `ris train --run {self._run.path.name} --runs {self._run.path.parent}`.",
+            f"Go on with `ris train --cache {self._setup.cache.root} --run {self._run.path.name} "
+            f"--runs {self._run.path.parent}`.",
             step=self._step,
             path=self._run.path,
         )

@@ -135,7 +135,7 @@ def test_a_signal_saves_the_state_at_that_step_and_the_same_command_goes_on(tiny
         stopped_at = last_step(run)
         assert errors.count("stopping after this step") == 1
         assert errors.count(f"after step {stopped_at} of 100000; its state is saved") == 1
-        assert "ris train --run stopped" in errors
+        assert f"ris train --cache {tiny_cache} --run stopped" in errors
         assert "Traceback" not in errors
         assert max(line["step"] for line in lines(run)) <= stopped_at
     steps = [line["step"] for line in lines(run) if "loss" in line]

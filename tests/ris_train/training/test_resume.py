@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -63,12 +64,13 @@ def whole(tmp_path_factory, tiny_cache, short_config) -> Path:
 
 
 def test_a_run_that_stops_anywhere_goes_on_to_the_same_bits(
-    run_short, metrics, same_weights, whole, tmp_path
+    run_short, metrics, same_weights, whole, tiny_cache, tmp_path
 ):
     """After step 1 (no line logged yet), then after 3 (between evaluations), then to the end."""
     run = tmp_path / "run"
+    hint = f"its state is saved. Go on with `ris train --cache {tiny_cache} --run run --runs {tmp_path}`."
     for stop_after, resume in ((1, False), (2, True)):
-        with pytest.raises(StoppedError, match=r"its state is saved\. Go on with `ris train --run run"):
+        with pytest.raises(StoppedError, match=re.escape(hint)):
             run_short(run, resume=resume, should_stop=StopAfter(stop_after))
     report = run_short(run, resume=True)
     assert report.resumed_from == 3
