@@ -154,7 +154,7 @@ class Loop:
 
     def _take_step(self, batch: StepBatch) -> tuple[dict[str, float], float]:
         """Take one optimiser step; returns its values and its learning rate."""
-        seed_step(self._config.seed, batch.step, rank=self._ranks.rank)
+        seed_step(self._config.seed, batch.step)
         rate = set_rate(self._optimiser, batch.step - 1, self._config)
         try:
             values = self._computer.gradients(batch)

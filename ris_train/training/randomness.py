@@ -1,4 +1,4 @@
-"""Random numbers of a training step, as a function of the run's seed, the step and the process.
+"""Random numbers of a training step, as a function of the run's seed and the step.
 
 Every step begins by seeding all generators anew. What a step draws therefore depends on no earlier one, and a
 resumed run has no generator to restore.
@@ -15,15 +15,14 @@ import numpy as np
 import torch
 
 
-def seed_step(seed: int, step: int, *, rank: int = 0) -> None:
+def seed_step(seed: int, step: int) -> None:
     """Seed the generators of torch (every device), numpy and Python.
 
     Args:
         seed: the run's.
         step: counted from 1.
-        rank: of the process; each draws its own dropout.
     """
-    drawn = np.random.SeedSequence([seed, step, rank]).generate_state(2, np.uint64)
+    drawn = np.random.SeedSequence([seed, step, 0]).generate_state(2, np.uint64)
     torch.manual_seed(int(drawn[0] >> np.uint64(1)))
     np.random.seed(int(drawn[1] & np.uint64(2**32 - 1)))
     random.seed(int(drawn[1]))
@@ -31,7 +30,16 @@ def seed_step(seed: int, step: int, *, rank: int = 0) -> None:
 
 def points_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
     """Generator of the losses' random points, the same for all processes and all parts of a step's batch."""
-    drawn = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
+    return _generator([seed, step], device)
+
+
+def dropout_generator(seed: int, step: int, device: torch.device) -> torch.Generator:
+    """Generator of a step's dropout, the same for all processes."""
+    return _generator([seed, step, 1], device)
+
+
+def _generator(entropy: list[int], device: torch.device) -> torch.Generator:
+    drawn = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(drawn[0] >> np.uint64(1)))
 
 

@@ -28,7 +28,8 @@ from ris_train.model.dfam import DfamPrediction
 from ris_train.model.language import TextFeatures
 from ris_train.model.segmenter import ModelOutputs, RisModel
 from ris_train.ranks import Ranks
-from ris_train.training.randomness import points_generator
+from ris_train.training.dropout import BatchDropout
+from ris_train.training.randomness import dropout_generator, points_generator
 
 DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,7 +42,7 @@ class StepBatch:
         step: counted from 1.
         samples: the B samples of the whole batch.
         parts: its own samples, in parts that follow each other.
-        token_ids: int64[b, L] of its own samples; padded alike for all parts.
+        token_ids: int64[b, L] of its own samples; L is that of the batch's longest expression.
         text_mask: bool[b, L].
         first: place of its first sample in the batch.
     """
@@ -95,17 +96,16 @@ def build_step_batch(
         )
         for place in places
     ]
-    if len(parts) == 1:
-        token_ids, text_mask = parts[0].inputs.token_ids, parts[0].inputs.text_mask
-    else:
-        token_ids, text_mask = builder.tokens(samples[places[0].start : places[-1].stop])
+    # As long as the longest expression of the batch on every process, so that all draw the same dropout.
+    token_ids, text_mask = builder.tokens(samples)
+    own = slice(places[0].start, places[-1].stop)
     return StepBatch(
         step=step,
         samples=tuple(samples),
         parts=tuple(parts),
-        token_ids=token_ids,
-        text_mask=text_mask,
-        first=places[0].start,
+        token_ids=token_ids[own],
+        text_mask=text_mask[own],
+        first=own.start,
     )
 
 
@@ -211,7 +211,8 @@ class StepComputer:
     def _encode_text(self, batch: StepBatch) -> tuple[TextFeatures, Tensor]:
         """Words and sentences of this process's expressions, with gradient; sentences in float32."""
         inputs = replace(batch.parts[0].inputs, token_ids=batch.token_ids, text_mask=batch.text_mask)
-        with self._autocast():
+        generator = dropout_generator(self._config.train.seed, batch.step, self._ranks.device)
+        with self._autocast(), BatchDropout(generator, first=batch.first, total=len(batch.samples)):
             text = self._model.encode_text(inputs)
         return text, at_least_float32(text.raw_sentence)
 

@@ -58,7 +58,7 @@ class Reproduction(BaseModel):
         samples: of the whole batch, in its order.
         cache: where the features are.
         weights: file of the weights before the step, beside this one.
-        world: processes that shared the batch; one reproduces it, but for their dropout.
+        world: processes that shared the batch; one reproduces it.
         device: where it happened.
         scale: of the fp16 loss, 1 in other precisions.
     """

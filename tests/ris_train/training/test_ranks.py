@@ -110,7 +110,7 @@ def test_one_and_two_processes_come_to_the_same_losses_and_weights_after_twenty_
     """
     script = tmp_path / "steps.py"
     script.write_text(TWENTY_STEPS)
-    settings = (*SETTINGS, "train.overfit=6", "loss.dfam_vl=1", "train.lr=5e-5")
+    settings = (*SETTINGS, "train.overfit=6", "loss.dfam_vl=1", "train.lr=5e-5", "model.bert.dropout=0.1")
     running = [
         torchrun(processes, script, tiny_cache, tmp_path / str(processes), *settings, *more)
         for processes, more in ((1, ()), (2, ("train.accumulate=2",)))
