@@ -259,7 +259,7 @@ def _train(
     progress: Progress = TrainProgress()
     is_one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     request = _StopOfAll if is_one_of_several else StopRequest
-    with request("after this step", signals=(*SIGNALS, signal.SIGUSR1)) as stop:
+    with request("after this step or batch", signals=(*SIGNALS, signal.SIGUSR1)) as stop:
         try:
             report = run_training(
                 cache,
@@ -306,7 +306,7 @@ class _StopOfAll(StopRequest):
         if self.signal is None:
             self.signal = number
             if _is_first():
-                print("stopping all processes after this step", file=sys.stderr, flush=True)
+                print("stopping all processes after this step or batch", file=sys.stderr, flush=True)
 
 
 def _is_first() -> bool:

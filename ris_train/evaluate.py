@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ris_cache.ahead import run_ahead
+from ris_cache.errors import StoppedError
 from ris_cache.store.batch import FeatureBatch
 from ris_train.data.batch import BatchBuilder
 from ris_train.data.samples import Sample
@@ -49,6 +50,7 @@ def count_samples(
     batch_size: int,
     show_progress: bool = False,
     keep_mask: KeepMask | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Counts]:
     """Predict every sample once and count its pixels on each view.
 
@@ -65,9 +67,13 @@ def count_samples(
             move a pixel whose logit is at the threshold; nothing else changes but speed and memory.
         show_progress: whether to draw a bar on stderr.
         keep_mask: called once per sample and predicted mask, in any order of samples.
+        should_stop: asked before each batch.
 
     Returns:
         Counts of all samples in their order, by name of the view.
+
+    Raises:
+        StoppedError: `should_stop` said so.
     """
     with_dfam = model.has_no_target_head
     pixels = np.zeros((len(samples), len(views), 3), dtype=np.int64)
@@ -83,6 +89,8 @@ def count_samples(
             ) as bar,
         ):
             for batch in batches:
+                if should_stop():
+                    raise StoppedError(f"The evaluation of {len(samples)} expressions was stopped.")
                 outputs = model(batch.inputs, with_dfam=with_dfam)
                 found = _count_batch(outputs.mask_logits, batch, views, keep_mask)
                 flags = outputs.says_no_target if with_dfam else None

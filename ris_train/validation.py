@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from ris_cache.errors import ConfigError, DataError
+from ris_cache.errors import ConfigError, DataError, StoppedError
 from ris_cache.store.cache import FeatureCache
 from ris_train.config import RunConfig
 from ris_train.data.batch import BatchBuilder, default_category_source
@@ -17,7 +17,7 @@ from ris_train.data.text import Tokenizer
 from ris_train.evaluate import count_samples
 from ris_train.model.segmenter import RisModel
 from ris_train.ranks import Ranks
-from ris_train.scoring import RuleSet, Scores, default_rules, rules_named
+from ris_train.scoring import Counts, RuleSet, Scores, default_rules, rules_named
 from ris_train.sharding import gather, shard
 from ris_train.truth import GroundTruth
 
@@ -76,24 +76,37 @@ class Validation:
         self._builder.require_categories(samples)
         self.truth = GroundTruth.from_cache(cache, sorted({sample.table_name for sample in samples}))
 
-    def score(self, model: RisModel, ranks: Ranks | None = None) -> Scores:
+    def score(
+        self, model: RisModel, ranks: Ranks | None = None, *, should_stop: Callable[[], bool] = lambda: False
+    ) -> Scores:
         """Score a model on at most `train.val_samples` expressions.
 
         Args:
             model: the same on all processes.
             ranks: processes that share the work, each its own images; every one returns the scores of all.
+            should_stop: asked before each batch.
+
+        Raises:
+            StoppedError: it said so, on any of the processes; then all raise it.
         """
         ranks = ranks or Ranks(0, 1, torch.device("cpu"))
         image_ids = self._samples.column("image_id").tolist()
-        counts = count_samples(
-            model,
-            self._samples.select(shard(image_ids, ranks.rank, ranks.world)),
-            self._builder,
-            self.truth,
-            views=[self.rules.view],
-            batch_size=self._batch_size,
-        )
-        return self.rules.score(gather(image_ids, ranks.collect(counts))[self.rules.view.name])
+        try:
+            own: dict[str, Counts] | None = count_samples(
+                model,
+                self._samples.select(shard(image_ids, ranks.rank, ranks.world)),
+                self._builder,
+                self.truth,
+                views=[self.rules.view],
+                batch_size=self._batch_size,
+                should_stop=should_stop,
+            )
+        except StoppedError:
+            own = None
+        parts = [part for part in ranks.collect(own) if part is not None]
+        if len(parts) < ranks.world:
+            raise StoppedError(f"The evaluation on {self.label} was stopped.")
+        return self.rules.score(gather(image_ids, parts)[self.rules.view.name])
 
     def is_better(self, new: Scores, best: Scores) -> bool:
         """Compare by the headline metric; NaN, from masks that are all empty, is worse than any score."""

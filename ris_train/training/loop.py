@@ -20,7 +20,7 @@ from ris_train.training.progress import Progress
 from ris_train.training.randomness import seed_step
 from ris_train.training.resume import ResumePoint, is_evaluated
 from ris_train.training.setup import Setup
-from ris_train.training.state import BestSoFar, RunState, restore, save_or_say_full, save_state
+from ris_train.training.state import BestSoFar, RunState, restore, save_or_say_full, save_state, update_state
 from ris_train.training.step import StepBatch, StepComputer
 from ris_train.training.watch import broken_terms, stop_for
 
@@ -65,7 +65,7 @@ class Loop:
         run: where rank 0 writes; its files are there.
         point: the state to go on from; None begins at step 0.
         told: hears how training goes.
-        should_stop: asked after each step.
+        should_stop: asked after each step, and before each batch of an evaluation.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class Loop:
         self._resumed_from = None if point is None else point.state.step
         self._step = self._consumed = 0
         self._saved_step: int | None = None
+        self._is_evaluation_due = False
         self._best: BestSoFar | None = None
         self._terms_since_log: list[dict[str, float]] = []
         self._seconds_before = 0.0
@@ -107,7 +108,9 @@ class Loop:
             if self._step == 0:
                 self._save_state()
             self._model.train()
-            if self._step == self._config.steps and not self._is_evaluated_here():
+            if self._is_evaluation_due or (
+                self._step == self._config.steps and not self._is_evaluated_here()
+            ):
                 self._evaluate()
                 self._save_state()
             self._all_steps()
@@ -188,7 +191,12 @@ class Loop:
 
     def _evaluate(self) -> None:
         validation = self._setup.validation
-        scores = validation.score(self._model, self._ranks)
+        self._is_evaluation_due = True
+        try:
+            scores = validation.score(self._model, self._ranks, should_stop=self._should_stop)
+        except StoppedError:
+            raise self._stopped() from None
+        self._is_evaluation_due = False
         fields = {"val": validation.label, "rules": scores.rules, "num_samples": scores.num_samples}
         self._log({"step": self._step, **fields, **scores.values})
         metadata = self._metadata(scores.values)
@@ -216,18 +224,23 @@ class Loop:
             self._trackers.log(self._step, record)
 
     def _save_state(self) -> None:
+        is_saved = self._saved_step == self._step
         self._saved_step = self._step
         if not self._ranks.is_main:
             return
         state = RunState(
             step=self._step,
             consumed=self._consumed,
+            is_evaluation_due=self._is_evaluation_due,
             best=self._best,
             scaler=self._computer.scale.as_dict(),
             terms_since_log=self._terms_since_log,
             metrics_bytes=self._run.sync_metrics(),
             seconds=self._seconds,
         )
+        if is_saved:
+            update_state(self._run, state)
+            return
         save_state(
             self._run,
             state,
@@ -242,6 +255,7 @@ class Loop:
         state = point.state
         self._step = self._saved_step = state.step
         self._consumed = state.consumed
+        self._is_evaluation_due = state.is_evaluation_due
         self._best = state.best
         self._computer.scale.load(state.scaler)
         self._terms_since_log = [dict(values) for values in state.terms_since_log]

@@ -120,9 +120,8 @@ def make_plan(
     """
     point = None if resumed is None else find_resume_point(resumed, config, chosen=from_state, say=say)
     metadata = None if point is None else point.metadata
-    setup = prepare(
-        cache_root, config, Ranks(0, 1, torch.device("cpu")), random_seed=random_seed, resumed=metadata
-    )
+    alone = Ranks(0, 1, torch.device("cpu"))
+    setup = prepare(cache_root, config, alone, random_seed=random_seed, resumed=metadata, run=resumed)
     if resumed is not None and metadata is not None:
         require_same_features(metadata, setup.cache.fingerprint.digest, resumed)
     trained: Counter[str] = Counter()

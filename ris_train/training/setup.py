@@ -29,6 +29,7 @@ from ris_train.data.text import Tokenizer
 from ris_train.model.segmenter import RisModel
 from ris_train.optim import freeze_untrained
 from ris_train.ranks import Ranks
+from ris_train.run import RunDirectory
 from ris_train.training.building import build_model
 from ris_train.training.step import StepBatch, build_step_batch, is_grouped, part_slices
 from ris_train.validation import Validation
@@ -114,6 +115,7 @@ def prepare(
     *,
     random_seed: int | None,
     resumed: CheckpointMetadata | None = None,
+    run: RunDirectory | None = None,
 ) -> Setup:
     """Load the samples and build the model.
 
@@ -124,6 +126,7 @@ def prepare(
         random_seed: seed of random BERT weights, if those were asked for; None loads real ones.
         resumed: metadata of the state that the run goes on from, which is then to be loaded; BERT's weights
             are not needed then.
+        run: that goes on; its own tokenizer is used.
 
     Raises:
         CacheError: the cache cannot be used, or lacks the selections.
@@ -143,7 +146,7 @@ def prepare(
     if resumed is None:
         require_recipe_for(config.recipe, cache.manifest.preset, cache_root)
     training_set = load_usable(cache, config)
-    tokenizer = Tokenizer.load(config.model.bert, config.model.max_tokens, keep_sep=config.model.keep_sep)
+    tokenizer = load_tokenizer(config, None if resumed is None else run)
     validation = Validation(
         cache,
         tokenizer,
@@ -200,6 +203,18 @@ def _preset_of(needs: str) -> str | None:
     """Read the preset out of what a recipe says it needs: `a cache of preset paper with refcoco`."""
     found = re.search(r"\bpreset (\S+)", needs)
     return None if found is None else found[1]
+
+
+def load_tokenizer(config: RunConfig, run: RunDirectory | None) -> Tokenizer:
+    """Load the tokenizer that a run has kept, so that it needs nothing else; or the configuration's.
+
+    Raises:
+        WeightsError: it cannot be had.
+    """
+    model = config.model
+    if run is not None and run.tokenizer_dir.is_dir():
+        return Tokenizer.from_folder(run.tokenizer_dir, model.max_tokens, keep_sep=model.keep_sep)
+    return Tokenizer.load(model.bert, model.max_tokens, keep_sep=model.keep_sep)
 
 
 def load_usable(cache: FeatureCache, config: RunConfig) -> TrainingSet:

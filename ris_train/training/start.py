@@ -46,7 +46,8 @@ def train(
         resume: go on with the run that `run_dir` holds.
         from_state: one of its states; the latest whole one by default. Later ones are dropped.
         progress: is told how training goes.
-        should_stop: asked after each step; on true the state is saved and the run ends.
+        should_stop: asked after each step and within evaluations; on true the state is saved and the run
+            ends. An evaluation that was cut short comes first when the run goes on.
 
     Raises:
         CacheError: the cache cannot be used, or lacks the selections.
@@ -106,7 +107,7 @@ def _set_up(
     """Load what is trained on what, and look that it is what the run was begun on."""
     require_trackers(config.train.trackers)  # before there are files
     resumed = None if point is None else point.metadata
-    setup = prepare(cache_root, config, ranks, random_seed=random_seed, resumed=resumed)
+    setup = prepare(cache_root, config, ranks, random_seed=random_seed, resumed=resumed, run=run)
     if resumed is not None:
         require_same_features(resumed, setup.cache.fingerprint.digest, run)
     return setup

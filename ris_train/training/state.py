@@ -53,6 +53,7 @@ class RunState(BaseModel):
     Attributes:
         step: optimiser steps taken.
         consumed: samples consumed; the place in the order of samples.
+        is_evaluation_due: whether the run was stopped within the evaluation that follows the step.
         best: the best evaluation so far, None before the first.
         scaler: state of the fp16 loss scaler, empty in other precisions.
         terms_since_log: values of the steps since the last line of the log.
@@ -67,6 +68,7 @@ class RunState(BaseModel):
     format_version: Literal[1] = 1
     step: int
     consumed: int
+    is_evaluation_due: bool = False
     best: BestSoFar | None
     scaler: dict[str, float]
     terms_since_log: list[dict[str, float]]
@@ -126,6 +128,17 @@ def save_state(
     for old in saved_states(run)[keep_last:]:
         _remove(old)
     return path
+
+
+def update_state(run: RunDirectory, state: RunState) -> None:
+    """Say anew where a run stands whose weights and optimiser are saved and as they were.
+
+    Raises:
+        DiskFullError: no space is left; the state is as it was.
+    """
+    path = state_path(run, state.step) / STATE_FILE
+    content = _signed(state.model_copy(update={"files": _read_signed(path).files}))
+    save_or_say_full(run, path, lambda file: write_atomically(file, content))
 
 
 def save_or_say_full(run: RunDirectory, path: Path, write: Callable[[Path], None]) -> None:

@@ -18,13 +18,12 @@ from ris_cache.store.files import write_atomically
 from ris_train.checkpoint import CheckpointMetadata, build_from_metadata, load_weights, read_metadata
 from ris_train.checkpoint import save_checkpoint as save_weights
 from ris_train.data.samples import Sample
-from ris_train.data.text import Tokenizer
 from ris_train.model.segmenter import RisModel
 from ris_train.optim import freeze_untrained
 from ris_train.ranks import Ranks
 from ris_train.run import RunDirectory
 from ris_train.training.randomness import seed_step
-from ris_train.training.setup import builder_of, load_usable, masks_of
+from ris_train.training.setup import builder_of, load_tokenizer, load_usable, masks_of
 from ris_train.training.step import StepBatch, StepComputer, build_step_batch
 
 MAX_PARAMETERS = 20
@@ -191,7 +190,7 @@ def reproduce(
             "was trained from.",
             path=path,
         )
-    tokenizer = Tokenizer.load(config.model.bert, config.model.max_tokens, keep_sep=config.model.keep_sep)
+    tokenizer = load_tokenizer(config, RunDirectory(path.parent))
     builder = builder_of(cache, config, training_set, tokenizer, ranks.device)
     model = build_from_metadata(metadata)
     freeze_untrained(model, config.train)

@@ -26,10 +26,10 @@ from ris_train.training.state import latest_state, read_state, saved_states
 
 
 class StopAfter:
-    """Asks to stop when asked for the n-th time."""
+    """Says yes to the n-th question: there is one after each step, and one in each evaluation before it."""
 
-    def __init__(self, steps: int) -> None:
-        self.left = steps
+    def __init__(self, questions: int) -> None:
+        self.left = questions
 
     def __call__(self) -> bool:
         self.left -= 1
@@ -66,14 +66,18 @@ def whole(tmp_path_factory, tiny_cache, short_config) -> Path:
 def test_a_run_that_stops_anywhere_goes_on_to_the_same_bits(
     run_short, metrics, same_weights, whole, tiny_cache, tmp_path
 ):
-    """After step 1 (no line logged yet), then after 3 (between evaluations), then to the end."""
+    """After step 1 (no line logged yet), after 3 (between evaluations), twice within the evaluation of step 4,
+    within that of the last step; then to the end.
+    """
     run = tmp_path / "run"
     hint = f"its state is saved. Go on with `ris train --cache {tiny_cache} --run run --runs {tmp_path}`."
-    for stop_after, resume in ((1, False), (2, True)):
-        with pytest.raises(StoppedError, match=re.escape(hint)):
-            run_short(run, resume=resume, should_stop=StopAfter(stop_after))
+    for questions, step in ((1, 1), (3, 3), (1, 4), (1, 4), (3, 6)):
+        with pytest.raises(StoppedError, match=re.escape(hint)) as stopped:
+            run_short(run, resume=step > 1, should_stop=StopAfter(questions))
+        assert stopped.value.facts["step"] == step
+    assert [line["step"] for line in metrics(run) if "val" in line] == [2, 4], "the last one was stopped"
     report = run_short(run, resume=True)
-    assert report.resumed_from == 3
+    assert report.resumed_from == 6
     assert metrics(run) == metrics(whole)
     for name in ("best", "last"):
         assert same_weights(*(path / "checkpoints" / f"{name}.safetensors" for path in (run, whole)))
@@ -105,7 +109,7 @@ def test_a_run_does_not_go_on_with_another_configuration(run_short, tmp_path):
 def test_a_damaged_state_is_passed_over_aloud(run_short, metrics, same_weights, whole, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(StoppedError):
-        run_short(run, should_stop=StopAfter(5))
+        run_short(run, should_stop=StopAfter(7))
     latest, *_ = saved_states(RunDirectory(run))
     file = latest / "optimiser.safetensors"
     content = bytearray(file.read_bytes())
@@ -325,3 +329,18 @@ def test_states_that_a_run_at_work_removes_meanwhile_are_not_damaged(whole, tmp_
     found = latest_state(run, heard.say)
     assert found is not None
     assert (found[0].name, heard.messages) == ("state-8", [])
+
+
+def test_a_run_that_goes_on_cuts_words_with_its_own_tokenizer(run_short, tiny_cache, tmp_path):
+    """The one that the configuration names may have been moved, or changed, since."""
+    from ris_train.data.text import TINY_VOCABULARY_PATH
+
+    named, run = tmp_path / "named", tmp_path / "run"
+    named.mkdir()
+    shutil.copy(TINY_VOCABULARY_PATH, named / "vocab.txt")
+    (named / "config.json").write_text('{"model_type": "bert"}')
+    vocabulary = f"model.bert.vocabulary={named}"
+    with pytest.raises(StoppedError):
+        run_short(run, vocabulary, should_stop=StopAfter(1))
+    shutil.rmtree(named)
+    assert run_short(run, vocabulary, "train.steps=2", resume=True).best_step == 2
