@@ -7,7 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from ris_cache.encoders.kept import kept
 
+
+@kept
 def sine_positions(height: int, width: int, channels: int, *, device: torch.device) -> Tensor:
     """Encode each cell's normalised position by sines and cosines (DETR, Sec. 3.2 and its supplement).
 
@@ -18,15 +21,17 @@ def sine_positions(height: int, width: int, channels: int, *, device: torch.devi
         device: where the result is made.
 
     Returns:
-        float32[1, C, H, W].
+        float32[1, C, H, W]; kept, not to be written to.
     """
     frequencies = channels // 2
     index = torch.arange(frequencies, device=device)
-    period = 10000.0 ** (2 * (index // 2) / frequencies)
+    period = 10000.0 ** (2 * (index // 2).to(torch.float32) / frequencies)
 
     def encode(length: int) -> Tensor:
         # Cells count from 1 to length, scaled so that the last is 2π, as the original does.
-        position = torch.arange(1, length + 1, device=device) * (2 * math.pi / (length + 1e-6))
+        position = torch.arange(1, length + 1, device=device, dtype=torch.float32) * (
+            2 * math.pi / (length + 1e-6)
+        )
         angle = position[:, None] / period
         return torch.where(index % 2 == 0, angle.sin(), angle.cos())
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ris_cache.encoders.kept import kept
+
 
 class DeformableAttention(nn.Module):
     """Attention of each cell to K points around it, in each head and level.
@@ -107,12 +109,18 @@ class DeformableAttention(nn.Module):
         Returns:
             float[B·M, L, K, S, 2].
         """
-        cells = torch.tensor([(width, height) for height, width in sizes], dtype=centres.dtype)
-        cells = cells.to(centres.device, non_blocking=True)  # or each layer would wait for the device
         parts = offsets.unflatten(1, (self.num_heads, self.num_levels, self.num_points, 2))  # type: ignore[no-untyped-call]
         # 2·(centre + offset / size) − 1, in one pass.
-        grids = torch.addcmul((2 * centres - 1).T.contiguous(), parts, (2 / cells)[:, None, :, None])
+        steps = _cell_steps(tuple(sizes), dtype=centres.dtype, device=centres.device)
+        grids = torch.addcmul((2 * centres - 1).T.contiguous(), parts, steps)
         return grids.flatten(0, 1).transpose(-1, -2)
+
+
+@kept
+def _cell_steps(sizes: tuple[tuple[int, int], ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """How far one cell is from −1 to 1 in each level, as (x, y): float[L, 1, 2, 1]; not to be written to."""
+    cells = torch.tensor([(width, height) for height, width in sizes], dtype=dtype)
+    return (2 / cells)[:, None, :, None].to(device)
 
 
 def sample_levels(maps: Tensor, sizes: Sequence[tuple[int, int]], grids: Tensor, weights: Tensor) -> Tensor:

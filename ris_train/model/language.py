@@ -41,6 +41,7 @@ class LanguageEncoder(nn.Module):
     def __init__(self, bert: BertModel, channels: int) -> None:
         super().__init__()
         self.bert = bert
+        bert.set_attn_implementation("sdpa")  # torch's own, which takes the mask as booleans
         self.projection = nn.Linear(bert.config.hidden_size, channels)
 
     def forward(self, token_ids: Tensor, text_mask: Tensor) -> TextFeatures:
@@ -50,6 +51,8 @@ class LanguageEncoder(nn.Module):
             token_ids: int64[B, L], word pieces with [CLS] first.
             text_mask: bool[B, L], true on real tokens.
         """
-        hidden = self.bert(input_ids=token_ids, attention_mask=text_mask.long()).last_hidden_state
+        # As [B, 1, 1, L]: given [B, L], transformers waits for the device to see whether anything is padded.
+        attended = text_mask[:, None, None, :]
+        hidden = self.bert(input_ids=token_ids, attention_mask=attended).last_hidden_state
         words = self.projection(hidden)
         return TextFeatures(words=words, sentence=words[:, 0], raw_sentence=hidden[:, 0])

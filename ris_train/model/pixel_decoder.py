@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ris_cache.encoders.kept import kept
 from ris_cache.encoders.positions import sine_positions
 from ris_train.model.deformable import DeformableAttention
 
@@ -82,7 +83,7 @@ class PixelDecoder(nn.Module):
             pyramid: three maps float[B, C, H_i, W_i], finest first.
         """
         projected = [project(level) for project, level in zip(self.input_projections, pyramid, strict=True)]
-        sizes = [(level.shape[2], level.shape[3]) for level in projected]
+        sizes = tuple((level.shape[2], level.shape[3]) for level in projected)
         tokens = torch.cat([_to_tokens(level) for level in projected], dim=1)
         positions = torch.cat(
             [
@@ -137,7 +138,7 @@ class DeformableEncoderLayer(nn.Module):
         self.ffn_norm = nn.LayerNorm(channels)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, centres: Tensor, sizes: list[tuple[int, int]]
+        self, tokens: Tensor, positions: Tensor, centres: Tensor, sizes: Sequence[tuple[int, int]]
     ) -> Tensor:
         """Update float[B, S, C] tokens; arguments as `DeformableAttention.forward` takes them."""
         attended = self.attention(tokens, positions, centres, sizes)
@@ -158,13 +159,14 @@ def _to_tokens(level: Tensor) -> Tensor:
     return level.flatten(2).transpose(1, 2)
 
 
-def _cell_centres(sizes: Sequence[tuple[int, int]], *, device: torch.device) -> Tensor:
-    """Centre of every cell, level after level, as (x, y) in [0, 1]: float[S, 2]."""
+@kept
+def _cell_centres(sizes: tuple[tuple[int, int], ...], *, device: torch.device) -> Tensor:
+    """Centre of every cell, level after level, as (x, y) in [0, 1]: float32[S, 2]; not to be written to."""
     centres = []
     for height, width in sizes:
         y, x = torch.meshgrid(
-            (torch.arange(height, device=device) + 0.5) / height,
-            (torch.arange(width, device=device) + 0.5) / width,
+            (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height,
+            (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width,
             indexing="ij",
         )
         centres.append(torch.stack([x, y], dim=-1).flatten(0, 1))

@@ -50,11 +50,10 @@ class BatchDropout(TorchFunctionMode):
         assert not inplace, "no part of the model drops in place"
         if not training or p == 0:
             return input
-        drawn = torch.rand(
-            self._total, *input.shape[1:], device=input.device, dtype=torch.float32, generator=self._generator
-        )
-        is_kept = drawn[self._first : self._first + len(input)] >= p
-        return input * is_kept.to(input.dtype).div_(1 - p)
+        is_kept = torch.empty(self._total, *input.shape[1:], device=input.device, dtype=input.dtype)
+        is_kept.bernoulli_(1 - p, generator=self._generator)
+        # Two products: the factor has digits that half precision has not.
+        return input * is_kept[self._first : self._first + len(input)] * (1 / (1 - p))
 
     def _attention(
         self,

@@ -10,9 +10,10 @@ B samples of the batch, b of this process, D_text width of BERT.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from ris_train.model.language import TextFeatures
 from ris_train.model.segmenter import ModelOutputs, RisModel
 from ris_train.ranks import Ranks
 from ris_train.training.dropout import BatchDropout
+from ris_train.training.half_weights import HalfWeights
 from ris_train.training.randomness import dropout_generator, points_generator
 
 DTYPES: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -178,6 +180,8 @@ class StepComputer:
         compiled: Callable[..., ModelOutputs] = torch.compile(model) if config.train.compile else model
         self._forward = compiled
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        dtype = DTYPES.get(config.train.precision)
+        self._halves = None if dtype is None else HalfWeights(model, dtype)
         self.scale = LossScale() if config.train.precision == "fp16" else LossScale(value=1.0, is_fixed=True)
 
     def gradients(self, batch: StepBatch) -> dict[str, float]:
@@ -191,6 +195,8 @@ class StepComputer:
         """
         for parameter in self._trained:
             parameter.grad = None
+        if self._halves is not None:
+            self._halves.refresh()
         text, sentences = self._encode_text(batch)
         words = text.words.detach().requires_grad_()
         all_sentences = self._ranks.collect_rows(sentences, self._counts(batch)).requires_grad_()
@@ -199,20 +205,23 @@ class StepComputer:
         for part in batch.parts:
             rows = slice(done, done + len(part.samples))
             loss, terms = self._part_loss(batch, part, rows, words, all_sentences)
-            (loss * self.scale.value).backward()  # type: ignore[no-untyped-call]
+            self._backward(loss)
             for name, value in {"loss": loss.detach(), **terms}.items():
                 summed[name] = summed[name] + value if name in summed else value
             done = rows.stop
         self._backward_text(batch, text.words, sentences, words, all_sentences)
-        values = self._over_ranks(summed)
+        values = torch.stack([value.double() for value in summed.values()])
+        self._ranks.add_up([values])
         norm = self._finish_gradients()
-        return {**values, "grad_norm": norm}
+        # The second and last time that the host waits for the device; matching is the first.
+        found = torch.cat([values, norm.double().unsqueeze(0)]).tolist()
+        return dict(zip([*summed, "grad_norm"], found, strict=True))
 
     def _encode_text(self, batch: StepBatch) -> tuple[TextFeatures, Tensor]:
         """Words and sentences of this process's expressions, with gradient; sentences in float32."""
         inputs = replace(batch.parts[0].inputs, token_ids=batch.token_ids, text_mask=batch.text_mask)
         generator = dropout_generator(self._config.train.seed, batch.step, self._ranks.device)
-        with self._autocast(), BatchDropout(generator, first=batch.first, total=len(batch.samples)):
+        with self._in_precision(), BatchDropout(generator, first=batch.first, total=len(batch.samples)):
             text = self._model.encode_text(inputs)
         return text, at_least_float32(text.raw_sentence)
 
@@ -228,7 +237,7 @@ class StepComputer:
             raw_sentence=sentences[first : first + len(part.samples)],
         )
         inputs = replace(part.inputs, token_ids=batch.token_ids[rows], text_mask=batch.text_mask[rows])
-        with self._autocast():
+        with self._in_precision():
             outputs = self._forward(inputs, text=text, sentences=sentences)
         instances = [len(sample.ann_ids) for sample in batch.samples]
         return total_loss(
@@ -238,6 +247,10 @@ class StepComputer:
             part=Part.cut(instances, first, num_queries=self._config.model.num_queries),
             generator=points_generator(self._config.train.seed, batch.step, self._ranks.device),
         )
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss * self.scale.value).backward()  # type: ignore[no-untyped-call]
+        self._take_gradients()
 
     def _backward_text(
         self, batch: StepBatch, words: Tensor, sentences: Tensor, leaf: Tensor, sentence_leaf: Tensor
@@ -250,8 +263,13 @@ class StepComputer:
         # Where all of BERT is frozen, its sentences lead nowhere; the words lead to their projection.
         roots = [pair for pair in ((words, leaf.grad), (sentences, own)) if pair[0].requires_grad]
         torch.autograd.backward([tensor for tensor, _ in roots], [gradient for _, gradient in roots])
+        self._take_gradients()
 
-    def _finish_gradients(self) -> float:
+    def _take_gradients(self) -> None:
+        if self._halves is not None:
+            self._halves.take_gradients()
+
+    def _finish_gradients(self) -> Tensor:
         """Add up the gradients of all processes, undo the scale, clip; returns the norm before clipping."""
         # A parameter without a gradient has no path to a loss, which is so on every process.
         gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
@@ -259,23 +277,21 @@ class StepComputer:
         if self.scale.value != 1:
             for gradient in gradients:
                 gradient.div_(self.scale.value)
-        norm = nn.utils.clip_grad_norm_(self._trained, self._config.train.clip_grad_norm)
-        return float(norm.item())
-
-    def _over_ranks(self, summed: dict[str, Tensor]) -> dict[str, float]:
-        values = torch.stack([value.double() for value in summed.values()])
-        self._ranks.add_up([values])
-        return dict(zip(summed, values.tolist(), strict=True))
+        return nn.utils.clip_grad_norm_(self._trained, self._config.train.clip_grad_norm)
 
     def _counts(self, batch: StepBatch) -> list[int]:
         total = len(batch.samples)
         return [len(replace(self._ranks, rank=rank).slice_of(total)) for rank in range(self._ranks.world)]
 
-    def _autocast(self) -> Any:
-        precision = self._config.train.precision
-        return torch.autocast(
-            self._ranks.device.type, dtype=DTYPES.get(precision), enabled=precision in DTYPES
-        )
+    @contextmanager
+    def _in_precision(self) -> Iterator[None]:
+        """Compute forward in the precision of the configuration while entered."""
+        if self._halves is None:
+            yield
+            return
+        dtype = DTYPES[self._config.train.precision]
+        with torch.autocast(self._ranks.device.type, dtype=dtype), self._halves.in_place():
+            yield
 
 
 def _in_float32(outputs: ModelOutputs) -> ModelOutputs:

@@ -71,7 +71,7 @@ def test_a_cell_looks_around_its_own_centre_at_every_level(decoder: PixelDecoder
         for column in range(width)
     ]
     for _, _, centres, sizes in calls:
-        assert sizes == SIZES
+        assert list(sizes) == SIZES
         torch.testing.assert_close(centres, torch.tensor(expected))
 
 

@@ -100,4 +100,7 @@ def test_it_drops_so_many_and_scales_the_rest():
     with dropping():
         half = F.dropout(values.bfloat16(), 0.2)
     assert half.dtype == torch.bfloat16
+    with dropping():
+        exact = F.dropout(torch.full((BATCH, 8), 9.0, dtype=torch.bfloat16), 0.1)
+    assert exact.unique().tolist() == [0.0, 10.0], "the factor is not rounded to half precision"
     assert torch.equal(half != 0, dropped != 0)

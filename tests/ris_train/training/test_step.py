@@ -90,7 +90,7 @@ def test_deterministic_algorithms_are_on_while_training_only_and_recorded(run_sh
         return False
 
     run_short(run, "train.deterministic=true", "train.steps=2", should_stop=note)
-    assert seen == [True, True]
+    assert set(seen) == {True}
     assert not torch.are_deterministic_algorithms_enabled()
     assert json.loads((run / "env.json").read_text())["deterministic"] is True
     with deterministic(CPU, is_wanted=False):
