@@ -62,6 +62,7 @@ class Part:
         num_targeted: samples of the batch that refer to something.
         first_pair: matched pairs of the samples before the part.
         num_pairs: of the batch; a sample of n instances has min(n, Q).
+        most_instances: of one sample of the batch.
     """
 
     first_sample: int
@@ -69,6 +70,7 @@ class Part:
     num_targeted: int
     first_pair: int
     num_pairs: int
+    most_instances: int
 
     @classmethod
     def cut(cls, instances: Sequence[int], first_sample: int, *, num_queries: int) -> Part:
@@ -86,6 +88,7 @@ class Part:
             num_targeted=sum(count > 0 for count in pairs),
             first_pair=sum(pairs[:first_sample]),
             num_pairs=sum(pairs),
+            most_instances=max(instances, default=0),
         )
 
     @classmethod
@@ -158,11 +161,10 @@ def dfam_losses(
     predictions: Sequence[DfamPrediction],
     targets: Targets,
     config: LossConfig,
-    part: Part | None = None,
+    part: Part,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Match each layer's queries to the targets and compare: Dice, BCE and VL, summed over the layers."""
-    part = part or Part.whole(targets, num_queries=predictions[0].mask_logits.shape[1])
     device = targets.masks.device
     points = torch.rand(len(predictions), config.num_points, 2, device=device, generator=generator)
     matchings = match_queries(
@@ -172,6 +174,7 @@ def dfam_losses(
         points,
         config,
         first_sample=part.first_sample,
+        most_instances=part.most_instances,
     )
     pairs = list(zip(predictions, matchings, strict=True))
     # From here on masks of all layers together, [N, M, …].
@@ -189,17 +192,27 @@ def dfam_losses(
         # The masks of the targets are large, so those of one layer are taken at a time.
         labels = torch.cat(
             [
-                sample_at(targets.instance_masks[found.instances], layer_points)
+                sample_at(_matched_masks(targets, found), layer_points)
                 for found, layer_points in zip(matchings, points, strict=True)
             ]
         )
     logits = sample_at(matched, points).flatten(0, 1)
-    vl = [text_loss(layer.text_logits, found, targets.is_related, part) for layer, found in pairs]
+    vl = [
+        text_loss(layer.text_logits, found, targets.is_related, part, average=config.vl_average)
+        for layer, found in pairs
+    ]
     return (
         _mean(dice_loss(logits, labels), part.num_pairs),
         _mean(F.binary_cross_entropy_with_logits(logits, labels, reduction="none"), part.num_pairs),
         torch.stack(vl).sum(),
     )
+
+
+def _matched_masks(targets: Targets, matching: Matching) -> Tensor:
+    """float[M, S, S], not copied where every instance is matched: pairs come by instance."""
+    if len(matching.instances) == len(targets.instance_masks):
+        return targets.instance_masks
+    return targets.instance_masks[matching.instances]
 
 
 def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -218,52 +231,48 @@ def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def text_loss(
-    text_logits: Tensor, matching: Matching, is_related: Tensor, part: Part | None = None
+    text_logits: Tensor, matching: Matching, is_related: Tensor, part: Part, *, average: str = "matched"
 ) -> Tensor:
     """Compute the vision-language loss: binary cross-entropy of every (query, expression) pair.
 
     The label is 1 where a matched query meets its own sample's expression; an expression that refers to
-    nothing is a negative of every query. Nearly all pairs are negative, so the sum over pairs is divided not
-    by their number but by that of matched queries, where a sample without any counts as one.
+    nothing is a negative of every query. Nearly all pairs are negative, so by default the sum over pairs is
+    divided not by their number but by that of matched queries, where a sample without any counts as one; so
+    are sigmoid losses between images and texts (SigLIP, Zhai et al. 2023), whose learned bias DFAM has.
 
     Args:
         text_logits: float[B, Q, E].
         matching: which queries are matched.
         is_related: bool[B, E], pairs that are no true negatives and are left out.
-        part: what the B samples are of the batch whose E expressions they meet; the whole by default.
+        part: what the B samples are of the batch whose E expressions they meet.
+        average: `matched`, or `pairs` for a mean over all pairs of the batch; see `LossConfig.vl_average`.
 
     Returns:
         A scalar.
     """
-    first = 0 if part is None else part.first_sample
     labels = torch.zeros_like(text_logits)
-    labels[matching.samples, matching.queries, matching.samples + first] = 1
+    labels[matching.samples, matching.queries, matching.samples + part.first_sample] = 1
     losses = F.binary_cross_entropy_with_logits(text_logits, labels, reduction="none")
     kept = losses.masked_fill(is_related.unsqueeze(1), 0)
-    if part is not None:
-        return kept.sum() / (part.num_pairs + part.num_samples - part.num_targeted)
-    num_unmatched = len(text_logits) - len(torch.unique(matching.samples))
-    return kept.sum() / (len(matching.samples) + num_unmatched)
+    if average == "pairs":
+        return kept.sum() / (part.num_samples * text_logits[0].numel())
+    return kept.sum() / (part.num_pairs + part.num_samples - part.num_targeted)
 
 
-def no_target_loss(
-    logits: Tensor, is_no_target: Tensor, weights: Sequence[float], part: Part | None = None
-) -> Tensor:
+def no_target_loss(logits: Tensor, is_no_target: Tensor, weights: Sequence[float], part: Part) -> Tensor:
     """Compute the weighted cross-entropy of the no-target head (supplement Eq. 2), before λ_nt.
 
     Args:
         logits: float[B, 2], index 1 for "refers to nothing".
         is_no_target: bool[B].
         weights: of the two classes; the weighted sum is divided by the sum of the weights.
-        part: what the B samples are of the batch that this sum is over; the whole by default.
+        part: what the B samples are of the batch that this sum is over.
 
     Returns:
         A scalar.
     """
     labels = is_no_target.long()
     class_weights = torch.tensor(weights, dtype=logits.dtype).to(logits.device, non_blocking=True)
-    if part is None:
-        return F.cross_entropy(logits, labels, weight=class_weights)
     num_without = part.num_samples - part.num_targeted
     total = part.num_targeted * weights[0] + num_without * weights[1]
     return F.cross_entropy(logits, labels, weight=class_weights, reduction="sum") / total

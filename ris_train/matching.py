@@ -1,7 +1,8 @@
 """Assign each target instance to one query of its sample (Hungarian; DETR, Carion et al. 2020).
 
-All layers' costs go to the host at once, and a layer's samples are matched at once: in one matrix, in which
-an instance may take its own sample's queries alone.
+Where every sample has one instance at most, each takes its cheapest query, and the host need not wait for the
+device. Otherwise all layers' costs go to the host at once, and a layer's samples are matched at once: in one
+sparse graph, in which an instance meets its own sample's queries alone.
 
 B samples, Q queries, T target instances over the whole batch, N layers, K points, P side of predicted masks.
 """
@@ -15,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
 
 from ris_cache.errors import NonFiniteError
@@ -47,6 +49,7 @@ def match_queries(
     config: LossConfig,
     *,
     first_sample: int = 0,
+    most_instances: int | None = None,
 ) -> list[Matching]:
     """Find the assignment of least cost within each sample, for each layer by itself.
 
@@ -57,12 +60,14 @@ def match_queries(
         points: float[N, K, 2], where a layer's masks are compared; shared by all queries and targets.
         config: the weights λ_Dice,l, λ_BCE,l and λ_VL,l of the cost, those of the loss.
         first_sample: place of these samples' first in the batch, whose expressions the text logits are for.
+        most_instances: of one sample, at most, where that is known on the host.
 
     Returns:
-        Each layer's pairs; all layers have as many, of the same samples.
+        Each layer's pairs, by instance; all layers have as many, of the same samples.
 
     Raises:
-        NonFiniteError: the cost is not finite, since the model's outputs are not.
+        NonFiniteError: the cost is not finite, since the model's outputs are not. Where every sample has one
+            instance at most, that is left to the losses to show.
     """
     costs = [
         matching_costs(
@@ -70,7 +75,13 @@ def match_queries(
         )
         for prediction, layer_points in zip(predictions, points, strict=True)
     ]
-    # The one point of a step at which the host waits for the device: all it needs, in one piece.
+    if most_instances is not None and most_instances <= 1:
+        all_instances = torch.arange(len(instance_samples), device=instance_samples.device)
+        return [
+            Matching(samples=instance_samples, queries=cost.argmin(dim=1), instances=all_instances)
+            for cost in costs
+        ]
+    # The host waits for the device: for all it needs, in one piece.
     table = (
         torch.cat([*costs, instance_samples.unsqueeze(1).to(costs[0].dtype)], dim=1).cpu().double().numpy()
     )
@@ -96,22 +107,27 @@ def assign(costs: npt.NDArray[np.float64], samples: npt.NDArray[np.int64]) -> np
     Returns:
         int64[3, M]: sample, query and instance of each pair, by instance.
     """
-    num_queries = costs.shape[1]
+    num_instances, num_queries = costs.shape
+    if num_instances == 0:
+        return np.empty((3, 0), dtype=np.int64)
     _, own, counts = np.unique(samples, return_inverse=True, return_counts=True)
-    most = int(counts.max(initial=0))
+    most = int(counts.max())
+    siblings = counts[own][:, None]
     # Of n instances, each needs only its n cheapest queries: the others of its sample cannot take them all.
-    is_candidate = np.zeros((len(counts), num_queries), dtype=bool)
-    is_candidate[own[:, None], np.argsort(costs, axis=1)[:, :most]] = True
-    owners, queries = is_candidate.nonzero()
+    nearest = np.argsort(costs, axis=1)[:, :most]
+    rows, ranks = (np.arange(nearest.shape[1]) < siblings).nonzero()
     # Instances beyond the queries stay unmatched: each takes one of as many further columns of its sample,
     # which cost all of its instances the same, so that they decide nothing.
-    beyond = np.repeat(np.arange(len(counts)), np.maximum(counts - num_queries, 0))
-    owners = np.concatenate([owners, beyond])
-    queries = np.concatenate([queries, np.full(len(beyond), num_queries)])
-    with_beyond = np.pad(costs, ((0, 0), (0, 1)))
-    matrix = np.where(own[:, None] == owners, with_beyond[:, queries], np.inf)
-    _, columns = linear_sum_assignment(matrix)
-    pairs = np.stack([samples, queries[columns], np.arange(len(samples))])
+    more_rows, more = (np.arange(num_queries, max(most, num_queries)) < siblings).nonzero()
+    columns = np.concatenate([nearest[rows, ranks], num_queries + more])
+    prices = np.concatenate([costs[rows, nearest[rows, ranks]], np.full(len(more), costs.max())])
+    rows = np.concatenate([rows, more_rows])
+    width = max(most, num_queries)
+    # Every instance is assigned, so that all prices may be raised alike; one of 0 would be no edge.
+    edges = (prices - prices.min() + 1, (rows, own[rows] * width + columns))
+    graph = csr_matrix(edges, shape=(num_instances, len(counts) * width))
+    instances, found = min_weight_full_bipartite_matching(graph)
+    pairs = np.stack([samples[instances], found - own[instances] * width, instances]).astype(np.int64)
     return pairs[:, pairs[1] < num_queries]
 
 

@@ -195,6 +195,14 @@ SWITCHED: Final = (
 
 UNSWITCHED: Final = (
     Unswitched(
+        subject="Mean of the text loss",
+        supplement=NOT_SAID,
+        authors="not known to us",
+        ours="over matched queries (`loss.vl_average`; `pairs`: over all pairs)",
+        why="So are sigmoid losses between images and texts averaged (SigLIP). It weighs about 100 times the "
+        "batch size as much as a mean over all pairs would, and at first its gradient is the largest.",
+    ),
+    Unswitched(
         subject="CLIP's input",
         supplement="the image, resized to 336²",
         authors="the image squashed to 1024² in 8 bits, then to 336², bicubic",

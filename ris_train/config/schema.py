@@ -108,6 +108,9 @@ class LossConfig(_Section):
         vl_exclude: pairs of expressions that are not counted as negatives: those of the same referent or of
             overlapping targets in one image (`referent`), in addition those of the same category
             (`category`), or none at all (`none`).
+        vl_average: what the text loss is averaged over: the matched queries (`matched`), each of which meets
+            all expressions, or all pairs of a query and an expression (`pairs`), about 100 times the batch
+            size as many.
     """
 
     mask_dice: Weight = 2.0
@@ -124,6 +127,7 @@ class LossConfig(_Section):
     importance_ratio: Share = 0.75
     mask_average: Literal["targeted", "all"] = "targeted"
     vl_exclude: Literal["referent", "category", "none"] = "referent"
+    vl_average: Literal["matched", "pairs"] = "matched"
 
 
 class DataConfig(_Section):

@@ -100,19 +100,30 @@ class BatchBuilder:
             pinned=self._device.type == "cuda",
         )
 
-    def inputs(self, samples: Sequence[Sample], features: FeatureBatch | None = None) -> ModelInputs:
+    def inputs(
+        self,
+        samples: Sequence[Sample],
+        features: FeatureBatch | None = None,
+        tokens: tuple[Tensor, Tensor] | None = None,
+    ) -> ModelInputs:
         """Take the features of the samples, one row per sample, and cut their expressions.
 
         Args:
             samples: any.
             features: of the image of each, from `read_ahead`; read now by default.
+            tokens: their expressions, from `tokens`; cut now by default.
 
         Raises:
             ConfigError: a sample lacks the category that the model is to be given.
         """
-        return self._build(samples, _image_ids(samples), features, image_index=None)
+        return self._build(samples, _image_ids(samples), features, image_index=None, tokens=tokens)
 
-    def grouped_inputs(self, samples: Sequence[Sample], features: FeatureBatch | None = None) -> ModelInputs:
+    def grouped_inputs(
+        self,
+        samples: Sequence[Sample],
+        features: FeatureBatch | None = None,
+        tokens: tuple[Tensor, Tensor] | None = None,
+    ) -> ModelInputs:
         """Take the features of each image once, one row per image, and cut the expressions.
 
         Images come in the order of their first sample; `image_index` says which one each sample is of.
@@ -120,6 +131,7 @@ class BatchBuilder:
         Args:
             samples: any.
             features: of these images, from `read_ahead`; read now by default.
+            tokens: the expressions of the samples, from `tokens`; cut now by default.
 
         Raises:
             ConfigError: as `inputs`.
@@ -130,6 +142,7 @@ class BatchBuilder:
             image_ids,
             features,
             image_index=self._move(torch.tensor(index, dtype=torch.int64)),
+            tokens=tokens,
         )
 
     def _build(
@@ -139,12 +152,13 @@ class BatchBuilder:
         features: FeatureBatch | None,
         *,
         image_index: Tensor | None,
+        tokens: tuple[Tensor, Tensor] | None,
     ) -> ModelInputs:
         if features is None:
             features = self._cache.read(image_ids)
         assert features.image_ids.tolist() == image_ids, "features of other samples"
         decoded = self._decoded(features)
-        token_ids, text_mask = self.tokens(samples)
+        token_ids, text_mask = tokens or self.tokens(samples)
         return ModelInputs(
             image_embeddings=decoded["sam"],
             clip_features=decoded["clip"],
@@ -164,6 +178,7 @@ class BatchBuilder:
         batch: Sequence[Sample] | None = None,
         first: int = 0,
         features: FeatureBatch | None = None,
+        tokens: tuple[Tensor, Tensor] | None = None,
     ) -> Batch:
         """Build a batch, or a part of one, with targets.
 
@@ -178,6 +193,7 @@ class BatchBuilder:
                 itself by default.
             first: place of the part's first sample in `batch`.
             features: of the part, from `read_ahead`; read now by default.
+            tokens: of the part, from `tokens`; cut now by default.
         """
         batch = samples if batch is None else batch
         is_related = related_pairs(
@@ -189,7 +205,7 @@ class BatchBuilder:
         build = self.grouped_inputs if is_grouped else self.inputs
         return Batch(
             samples=tuple(samples),
-            inputs=build(samples, features),
+            inputs=build(samples, features, tokens),
             targets=self._targets(samples, masks, is_related),
         )
 

@@ -108,6 +108,9 @@ class Dfam(nn.Module):
         """
         batch_size = len(image_embeddings) if image_index is None else len(image_index)
         read_out = per_sample(image_embeddings, image_index)
+        kind = read_out.device.type
+        if torch.is_autocast_enabled(kind):  # which would convert it each of the times that it is read
+            read_out = read_out.to(torch.get_autocast_dtype(kind))
         text = F.normalize(self.text_projection(sentences), dim=-1)
         positions = self.query_positions.weight.expand(batch_size, -1, -1)
         queries = self.query_features.weight.expand(batch_size, -1, -1)

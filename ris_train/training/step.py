@@ -86,6 +86,8 @@ def build_step_batch(
         features: of its parts in their order, from `BatchBuilder.read_ahead`; read now by default.
     """
     places = part_slices(len(samples), config, ranks)
+    # As long as the longest expression of the batch on every process, so that all draw the same dropout.
+    token_ids, text_mask = builder.tokens(samples)
     parts = [
         builder.training_batch(
             samples[place],
@@ -95,11 +97,10 @@ def build_step_batch(
             batch=samples,
             first=place.start,
             features=None if features is None else next(features),
+            tokens=(token_ids[place], text_mask[place]),
         )
         for place in places
     ]
-    # As long as the longest expression of the batch on every process, so that all draw the same dropout.
-    token_ids, text_mask = builder.tokens(samples)
     own = slice(places[0].start, places[-1].stop)
     return StepBatch(
         step=step,
@@ -236,9 +237,8 @@ class StepComputer:
             sentence=own_words[:, 0],
             raw_sentence=sentences[first : first + len(part.samples)],
         )
-        inputs = replace(part.inputs, token_ids=batch.token_ids[rows], text_mask=batch.text_mask[rows])
         with self._in_precision():
-            outputs = self._forward(inputs, text=text, sentences=sentences)
+            outputs = self._forward(part.inputs, text=text, sentences=sentences)
         instances = [len(sample.ann_ids) for sample in batch.samples]
         return total_loss(
             _in_float32(outputs),

@@ -17,6 +17,7 @@ import ris_train.losses
 from ris_cache.store.tables import NO_CATEGORY
 from ris_train.config import LossConfig
 from ris_train.losses import (
+    Part,
     Targets,
     dfam_losses,
     dice_loss,
@@ -73,6 +74,13 @@ def test_dice_vanishes_for_a_sure_and_right_mask() -> None:
 # Two samples with two queries each; text logits are 0 (p = 1/2), ln 3 (p = 3/4) or −ln 3 (p = 1/4).
 TEXT_LOGITS = torch.tensor([[[LN3, 0.0], [0.0, -LN3]], [[LN3, -LN3], [-LN3, LN3]]])
 
+NO_PAIR = torch.zeros(2, 2, dtype=torch.bool)
+
+
+def part_of(*instances: int) -> Part:
+    """A whole batch, by the number of its samples' instances."""
+    return Part.cut(instances, 0, num_queries=4)
+
 
 def test_the_text_loss_by_hand() -> None:
     """Query 0 of sample 0 and query 1 of sample 1 are matched; nothing is left out.
@@ -81,26 +89,36 @@ def test_the_text_loss_by_hand() -> None:
     −ln 1/2 and −ln 3/4 (query 1); sample 1 has −ln 1/4 and −ln 3/4 (query 0), −ln 3/4 (query 1,
     expression 0). Sum: 5·ln 4/3 + 2·ln 2 + ln 4, over two matched queries.
     """
-    loss = text_loss(TEXT_LOGITS, matching_of([0, 1], [0, 1]), torch.zeros(2, 2, dtype=torch.bool))
+    loss = text_loss(TEXT_LOGITS, matching_of([0, 1], [0, 1]), NO_PAIR, part_of(1, 1))
     assert loss.item() == pytest.approx((5 * math.log(4 / 3) + 2 * math.log(2) + math.log(4)) / 2)
+
+
+def test_the_text_loss_averaged_over_all_pairs_by_hand() -> None:
+    """The same sum over 2 · 2 · 2 pairs; those left out count as pairs that cost nothing."""
+    of_all = {"matching": matching_of([0, 1], [0, 1]), "part": part_of(1, 1), "average": "pairs"}
+    loss = text_loss(TEXT_LOGITS, is_related=NO_PAIR, **of_all)
+    assert loss.item() == pytest.approx((5 * math.log(4 / 3) + 2 * math.log(2) + math.log(4)) / 8)
+    is_related = torch.tensor([[False, True], [False, False]])
+    loss = text_loss(TEXT_LOGITS, is_related=is_related, **of_all)
+    assert loss.item() == pytest.approx((4 * math.log(4 / 3) + math.log(2) + math.log(4)) / 8)
 
 
 def test_the_text_loss_leaves_out_a_pair_with_all_its_queries() -> None:
     """Without sample 0 and expression 1, −ln 1/2 and −ln 3/4 are missing from the sum above."""
     is_related = torch.tensor([[False, True], [False, False]])
-    loss = text_loss(TEXT_LOGITS, matching_of([0, 1], [0, 1]), is_related)
+    loss = text_loss(TEXT_LOGITS, matching_of([0, 1], [0, 1]), is_related, part_of(1, 1))
     assert loss.item() == pytest.approx((4 * math.log(4 / 3) + math.log(2) + math.log(4)) / 2)
 
 
 def test_the_text_loss_counts_every_matched_query_of_a_sample() -> None:
     """Both queries of sample 0 match its expression: −ln 3/4 and −ln 1/2, over two; all else left out."""
     logits = TEXT_LOGITS[:1, :, :1]
-    loss = text_loss(logits, matching_of([0, 0], [0, 1]), torch.zeros(1, 1, dtype=torch.bool))
+    loss = text_loss(logits, matching_of([0, 0], [0, 1]), NO_PAIR[:1, :1], part_of(2))
     assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
 
 
 def test_the_text_loss_without_a_match_is_finite() -> None:
-    loss = text_loss(TEXT_LOGITS, matching_of([], []), torch.zeros(2, 2, dtype=torch.bool))
+    loss = text_loss(TEXT_LOGITS, matching_of([], []), NO_PAIR, part_of(0, 0))
     assert loss.isfinite()
 
 
@@ -120,7 +138,9 @@ def test_only_logits_of_pairs_left_out_may_change_freely(
     matching = matching_of([0, 1, 1, 2], [1, 0, 3, 2])
     changed = logits.clone()
     changed[sample, query, expression] += 3
-    before, after = (text_loss(each, matching, is_related).item() for each in (logits, changed))
+    before, after = (
+        text_loss(each, matching, is_related, part_of(1, 2, 1)).item() for each in (logits, changed)
+    )
     assert (before == after) == bool(is_related[sample, expression])
 
 
@@ -284,6 +304,10 @@ def test_there_are_as_many_points_as_asked_for_and_all_lie_on_the_mask(
     assert ((points >= 0) & (points <= 1)).all()
 
 
+def whole(targets: Targets, prediction: DfamPrediction) -> Part:
+    return Part.whole(targets, num_queries=prediction.mask_logits.shape[1])
+
+
 def test_dfam_losses_of_one_layer_by_hand() -> None:
     """Two queries over a 2 × 2 map, one target that fills it, all points at its centre (value: the mean).
 
@@ -302,7 +326,9 @@ def test_dfam_losses_of_one_layer_by_hand() -> None:
         is_related=torch.zeros(1, 1, dtype=torch.bool),
     )
     with patch("torch.rand", side_effect=lambda *size, **_: torch.full(size, 0.5)):
-        dice, bce, vl = dfam_losses([prediction], targets, LossConfig(num_points=4))
+        dice, bce, vl = dfam_losses(
+            [prediction], targets, LossConfig(num_points=4), whole(targets, prediction)
+        )
     assert dice.item() == pytest.approx(1 / 8)
     assert bce.item() == pytest.approx(math.log(4 / 3))
     assert vl.item() == pytest.approx(2 * math.log(2))
@@ -322,7 +348,9 @@ def test_a_query_is_compared_with_the_target_it_is_matched_to() -> None:
         is_related=torch.zeros(1, 1, dtype=torch.bool),
     )
     with patch("torch.rand", side_effect=lambda *size, **_: torch.full(size, 0.5)):
-        dice, bce, _ = dfam_losses([prediction], targets, LossConfig(num_points=4))
+        dice, bce, _ = dfam_losses(
+            [prediction], targets, LossConfig(num_points=4), whole(targets, prediction)
+        )
     assert dice.item() == pytest.approx(0, abs=1e-6)
     assert bce.item() == pytest.approx(0, abs=1e-6)
 
@@ -373,7 +401,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
     spread = torch.rand(3 * config.num_points, 2)
     fixed = patch("torch.rand", side_effect=lambda *size, **_: spread[: size[-2]].expand(size))
     with fixed:
-        layers = [dfam_losses([prediction], targets, config) for prediction in outputs.dfam]
+        layers = [dfam_losses([layer], targets, config, whole(targets, layer)) for layer in outputs.dfam]
     dfam_dice, dfam_bce, dfam_vl = (sum(layer[i].item() for layer in layers) for i in range(3))
     expected = 2 * np.mean(dice) + 3 * np.mean(bce) + 0.5 * (7 * dfam_dice + 11 * dfam_bce + 13 * dfam_vl)
 

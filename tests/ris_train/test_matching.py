@@ -141,6 +141,25 @@ def test_layers_are_matched_by_their_own_costs_with_one_move_to_the_host() -> No
 
 
 @settings(max_examples=30)
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=5), st.integers(1, 4), st.integers(0, 100_000))
+def test_samples_of_one_instance_are_matched_on_the_device_to_the_same_pairs(
+    counts: list[int], num_queries: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    layers = [random_prediction(generator, samples=len(counts), queries=num_queries) for _ in range(2)]
+    samples = torch.tensor([row for row, count in enumerate(counts) if count], dtype=torch.int64)
+    masks = (torch.rand(len(samples), 8, 8, generator=generator) < 0.5).float()
+    points = torch.rand(2, 20, 2, generator=generator)
+    expected = match_queries(layers, masks, samples, points, CONFIG)
+    refuse = patch.object(Tensor, "cpu", side_effect=AssertionError("the host need not wait"))
+    with refuse:
+        found = match_queries(layers, masks, samples, points, CONFIG, most_instances=max(counts))
+    for one, other in zip(found, expected, strict=True):
+        for name in ("samples", "queries", "instances"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+
+
+@settings(max_examples=30)
 @given(st.integers(0, 100_000))
 def test_matching_of_real_masks_is_best_among_all_assignments(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ris_train.config import LossConfig, load_config
-from ris_train.losses import Targets, dfam_losses, no_target_loss, related_pairs, text_loss, total_loss
+from ris_train.losses import Part, Targets, dfam_losses, no_target_loss, related_pairs, text_loss, total_loss
 from ris_train.matching import Matching, match_queries
 from ris_train.model.dfam import DfamPrediction
 from ris_train.model.segmenter import ModelOutputs
@@ -153,7 +153,7 @@ def test_the_heads_loss_by_hand() -> None:
     """Probabilities 3/4 for the right class of a targeted sample, 1/2 for a no-target one, weights 0.9 and 1.1:
     (0.9·ln 4/3 + 1.1·ln 2) / (0.9 + 1.1)."""
     logits = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]])
-    loss = no_target_loss(logits, torch.tensor([False, True]), (0.9, 1.1))
+    loss = no_target_loss(logits, torch.tensor([False, True]), (0.9, 1.1), Part.cut([1, 0], 0, num_queries=2))
     assert loss.item() == pytest.approx((0.9 * math.log(4 / 3) + 1.1 * math.log(2)) / 2.0)
 
 
@@ -164,7 +164,9 @@ def test_an_expression_for_nothing_is_a_negative_of_every_query() -> None:
     """
     logits = torch.zeros(2, 2, 2, requires_grad=True)
     matching = Matching(samples=torch.tensor([0]), queries=torch.tensor([0]), instances=torch.tensor([0]))
-    loss = text_loss(logits, matching, torch.zeros(2, 2, dtype=torch.bool))
+    loss = text_loss(
+        logits, matching, torch.zeros(2, 2, dtype=torch.bool), Part.cut([1, 0], 0, num_queries=2)
+    )
     assert loss.item() == pytest.approx(8 * math.log(2) / 2)
     loss.backward()
     assert logits.grad is not None
@@ -181,7 +183,8 @@ def test_matching_without_instances_matches_nothing() -> None:
     for indices in (matching.samples, matching.queries, matching.instances):
         assert indices.dtype == torch.int64
         assert indices.shape == (0,)
-    assert [term.item() for term in dfam_losses(outputs.dfam[:1], targets, CONFIG)[:2]] == [0, 0]
+    part = Part.whole(targets, num_queries=outputs.dfam[0].mask_logits.shape[1])
+    assert [term.item() for term in dfam_losses(outputs.dfam[:1], targets, CONFIG, part)[:2]] == [0, 0]
 
 
 def test_with_more_targets_than_queries_each_query_gets_another_target() -> None:
