@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ris_cache.store.batch import FeatureBatch
@@ -88,6 +89,9 @@ def build_step_batch(
     places = part_slices(len(samples), config, ranks)
     # As long as the longest expression of the batch on every process, so that all draw the same dropout.
     token_ids, text_mask = builder.tokens(samples)
+    if config.train.compile:  # each length of its own would be compiled anew
+        missing = (0, config.model.max_tokens - token_ids.shape[1])
+        token_ids, text_mask = F.pad(token_ids, missing), F.pad(text_mask, missing)
     parts = [
         builder.training_batch(
             samples[place],
