@@ -69,13 +69,20 @@ def match_queries(
         NonFiniteError: the cost is not finite, since the model's outputs are not. Where every sample has one
             instance at most, that is left to the losses to show.
     """
+    is_single = most_instances is not None and most_instances <= 1
     costs = [
         matching_costs(
-            prediction, instance_masks, instance_samples, layer_points, config, first_sample=first_sample
+            prediction,
+            instance_masks,
+            instance_samples,
+            layer_points,
+            config,
+            first_sample=first_sample,
+            is_one_each=is_single and len(instance_samples) == len(prediction.mask_logits),
         )
         for prediction, layer_points in zip(predictions, points, strict=True)
     ]
-    if most_instances is not None and most_instances <= 1:
+    if is_single:
         all_instances = torch.arange(len(instance_samples), device=instance_samples.device)
         return [
             Matching(samples=instance_samples, queries=cost.argmin(dim=1), instances=all_instances)
@@ -139,8 +146,12 @@ def matching_costs(
     config: LossConfig,
     *,
     first_sample: int = 0,
+    is_one_each: bool = False,
 ) -> Tensor:
     """Cost of each instance for each query of its own sample; arguments as in `match_queries`, of one layer.
+
+    Args:
+        is_one_each: whether every sample has just one instance.
 
     Returns:
         float[T, Q]: λ_Dice,l·Dice + λ_BCE,l·BCE + λ_VL,l·VL, the last for "this query is what its own
@@ -148,7 +159,9 @@ def matching_costs(
     """
     grid = (2 * points - 1).view(1, -1, 1, 2)
     mask_logits = at_least_float32(prediction.mask_logits)
-    logits = _read(mask_logits, grid)[instance_samples]
+    logits = _read(mask_logits, grid)
+    if not is_one_each:  # which would copy the logits as they are
+        logits = logits[instance_samples]
     labels = _read(instance_masks.unsqueeze(1).to(mask_logits.dtype), grid).squeeze(1)
     num_points = points.shape[0]
 
