@@ -8,15 +8,19 @@
     python benchmarks/train_step.py --larger 10 --images 300 --steps 60
 
 Images are drawn and extracted with random weights, which change nothing about speed; the page cache is warm.
-The step is that of `ris train`: batches built on a thread ahead, forward, losses, backward, clipping, AdamW.
-Beside it, in the same run: (a) the same model decoding masks sample by sample, (b) the frozen encoders run in
-every step, on pixels that are decoded already. The floor is the longer of the step's operations at the rate
-of one large matrix product, and its bytes at that of one large copy, both measured here.
+The step is that of `ris train`: batches built on a thread ahead, forward, losses, backward, clipping, AdamW,
+by the same code with the same configuration. Beside it: (a) the same model decoding masks sample by sample,
+(b) the frozen encoders run in every step, on pixels that are decoded already. Each way is measured in a
+process of its own, so peak memory is that way's: of the device on a GPU, of the whole process on a CPU.
+
+The floor is the longer of the step's operations at the rate of one large matrix product, and the bytes of
+weights, gradients, moments and features at that of one large copy, both measured here. What is printed beside
+it is how many operations a step is made of: on a GPU each is launched by itself.
 
 `--grouped` measures steps with k expressions of each image in a batch, which share its features and what the
-image alone decides. `--startup` measures the way from nothing to the first step over tables of so many
+image alone decides. `--startup` measures `ris train` from nothing to its first step over tables of so many
 expressions, and of a tenth of them. `--larger` draws a set and one so many times as large, trains on each in
-a process of its own and compares speed and memory. On a CPU, peak memory counts what earlier ways have freed.
+a process of its own and compares speed and memory.
 """
 
 from __future__ import annotations
@@ -24,43 +28,34 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from layouts import report as machine_report
-from training import larger, report, startup
-from training.bench import (
-    Bench,
-    LoopedMaskDecoder,
-    batches,
-    draw_cache,
-    live_batch,
-    load_encoders,
-    make_model,
-    prepare,
-)
-from training.ceilings import Work, count_work, measure_ceilings
-from training.clock import StepClock
+from training import child, report
+from training.bench import SELECTION, Way, draw_cache
+from training.ceilings import Ceilings, Work
 from training.large import write_large_cache
-from training.steps import PRECISIONS, Measured, compute_loss, measure
+from training.steps import Measured
 
+from ris_cache import FeatureCache
 from ris_cache.encoders.spec import PRESETS
 from ris_cache.errors import ConfigError, RisError
 from ris_cache.memory import keep_freed_memory
+from ris_train.config.schema import TrainConfig
 
 _OURS = "ris: features from the cache"
 _LOOPED = "(a) masks decoded sample by sample"
 _LIVE = "(b) frozen encoders in every step"
 _IMAGES = {("tiny", "cpu"): 64, ("tiny", "cuda"): 128, ("paper", "cpu"): 2, ("paper", "cuda"): 64}
 _STEPS = {("tiny", "cpu"): 20, ("tiny", "cuda"): 50, ("paper", "cpu"): 1, ("paper", "cuda"): 30}
+_PRECISIONS = get_args(TrainConfig.model_fields["precision"].annotation)
 _STARTUP_STEPS = 10
 _LARGER_IMAGES, _LARGER_STEPS = 300, 60
 
@@ -71,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     command = shlex.join(["python", "benchmarks/train_step.py", *argv])
     try:
         _check_options(options)
-        keep_freed_memory()  # as `ris train` does
+        keep_freed_memory()  # as `ris extract` does
         with tempfile.TemporaryDirectory(prefix="ris-benchmark-", dir=options.dir) as directory:
             results = _run(options, Path(directory), command)
     except RisError as error:
@@ -98,107 +93,78 @@ def _run(options: argparse.Namespace, root: Path, command: str) -> dict[str, Any
         found = _larger(root, options)
     else:
         num_images = options.images or _IMAGES[options.preset, device.type]
-        bench = prepare(options.preset, root, num_images=num_images, batch_size=options.batch, device=device)
+        cache = draw_cache(options.preset, device, root, num_images)
         if options.startup:
-            found = _startup(bench, root, options)
+            found = _startup(cache, root, options)
         elif options.grouped:
-            found = _grouped(bench, options)
+            found = _grouped(cache, options)
         else:
-            found = _ways(bench, options)
+            found = _ways(cache, options)
     return {"command": command, "date": started, "machine": asdict(machine), **found}
 
 
-def _ways(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
-    ours = _measured(bench, options, _OURS)
+def _ways(cache: Path, options: argparse.Namespace) -> dict[str, Any]:
+    counted = _in_own_process(_way(cache, options, _OURS, is_counted=True))
+    ours = Measured(**counted["measured"])
     print(*report.split_table(ours, markdown=options.markdown), "", sep="\n", flush=True)
-    work = _work(bench, options.precision)
-    ceilings = measure_ceilings(bench.device, PRECISIONS[options.precision])
+    work, ceilings = Work(**counted["work"]), Ceilings(**counted["ceilings"])
     print(*report.floor_lines(work, ceilings, ours), "", sep="\n", flush=True)
-    ways = [ours, *(_measured(bench, options, name) for name in (_LOOPED, _LIVE))]
+    others = (_way(cache, options, _LOOPED, kind="looped"), _way(cache, options, _LIVE, kind="live"))
+    ways = [ours, *(Measured(**_in_own_process(way)["measured"]) for way in others)]
     print(*report.ways_table(ways, markdown=options.markdown), sep="\n")
     floor = {"work": asdict(work), "ceilings": asdict(ceilings), "floor_ms": ceilings.floor_ms(work)}
     return {"ways": [asdict(way) for way in ways], "floor": floor}
 
 
-def _work(bench: Bench, precision: str) -> Work:
-    model = make_model(bench)
-    with closing(batches(bench)) as ready:
-        batch = next(ready)
-
-    def loss() -> torch.Tensor:
-        return compute_loss(StepClock(bench.device), bench, model, batch, precision)
-
-    return count_work(model, loss, (batch.inputs.image_embeddings, batch.inputs.clip_features))
-
-
-def _measured(bench: Bench, options: argparse.Namespace, name: str) -> Measured:
-    model = make_model(bench)
-    before = None
-    if name == _LOOPED:
-        model.mask_decoder = LoopedMaskDecoder(model.mask_decoder)
-    if name == _LIVE:
-        spec = bench.encoders.spec
-        pixels = tuple(
-            torch.zeros((options.batch, side, side, 3), dtype=torch.uint8)
-            for side in (spec.sam.image_size, spec.clip.image_size)
-        )
-        before = lambda batch: live_batch(bench, batch, (pixels[0], pixels[1]))  # noqa: E731
-    return measure(
-        name,
-        bench,
-        model,
-        batches(bench),
-        steps=options.steps or _STEPS[options.preset, bench.device.type],
-        warm_up=options.warm_up,
+def _way(cache: Path, options: argparse.Namespace, name: str, **others: Any) -> Way:
+    device = torch.device(options.device)
+    return Way(
+        name=name,
+        cache=str(cache),
+        preset=options.preset,
+        device=options.device,
         precision=options.precision,
-        before=before,
+        batch=options.batch,
+        steps=options.steps or _STEPS[options.preset, device.type],
+        warm_up=options.warm_up,
+        **others,
     )
 
 
-def _grouped(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
-    ways = [
-        measure(
-            f"{k} expressions of an image" if k > 1 else "each expression by itself",
-            bench,
-            make_model(bench),
-            batches(bench, expressions_per_image=k, is_grouped=k > 1),
-            steps=options.steps or _STEPS[options.preset, bench.device.type],
-            warm_up=options.warm_up,
-            precision=options.precision,
-        )
-        for k in options.grouped
-    ]
+def _in_own_process(way: Way) -> dict[str, Any]:
+    found: dict[str, Any] = child.in_own_process("training.way", way.as_json())
+    return found
+
+
+def _grouped(cache: Path, options: argparse.Namespace) -> dict[str, Any]:
+    ways = []
+    for k in options.grouped:
+        name = f"{k} expressions of an image" if k > 1 else "each expression by itself"
+        way = _way(cache, options, name, expressions_per_image=k)
+        ways.append(Measured(**_in_own_process(way)["measured"]))
     print(*report.ways_table(ways, markdown=options.markdown), sep="\n")
     return {"ways": [asdict(way) for way in ways]}
 
 
-def _startup(bench: Bench, root: Path, options: argparse.Namespace) -> dict[str, Any]:
+def _startup(cache: Path, root: Path, options: argparse.Namespace) -> dict[str, Any]:
+    source = FeatureCache.open(cache)
     runs = []
     for number in (options.startup // 10, options.startup):
-        cache_root = root / f"large-{number}"
-        write_large_cache(bench.cache, cache_root, num_expressions=number, table_name=startup.TABLE_NAME)
+        large = root / f"large-{number}"
+        write_large_cache(source, large, num_expressions=number, table_name=SELECTION.table_name)
         steps = options.steps or _STARTUP_STEPS
-        found = subprocess.run(
-            [sys.executable, startup.__file__, str(cache_root), str(steps + 1)],
-            check=True,
-            stdout=subprocess.PIPE,
-        )
-        runs.append(json.loads(found.stdout))
+        runs.append(child.in_own_process("training.startup", large.resolve(), steps + 1))
     print(*report.startup_table(runs, markdown=options.markdown), sep="\n")
     return {"startup": runs}
 
 
 def _larger(root: Path, options: argparse.Namespace) -> dict[str, Any]:
-    encoders = load_encoders(options.preset, torch.device(options.device))
     runs = []
     for factor in (1, options.larger):
         num_images = factor * (options.images or _LARGER_IMAGES)
-        cache_root = draw_cache(encoders, root / f"x{factor}", num_images)
-        arguments = (cache_root, options.steps or _LARGER_STEPS, options.batch)
-        found = subprocess.run(
-            [sys.executable, larger.__file__, *map(str, arguments)], check=True, stdout=subprocess.PIPE
-        )
-        runs.append(json.loads(found.stdout))
+        cache = draw_cache(options.preset, torch.device(options.device), root / f"x{factor}", num_images)
+        steps = options.steps or _LARGER_STEPS
+        runs.append(child.in_own_process("training.larger", cache, steps, options.batch))
     print(*report.larger_table(runs, markdown=options.markdown), sep="\n")
     return {"larger": runs}
 
@@ -230,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--steps", type=_positive, help="that count, per way (by preset and device)")
     add("--warm-up", type=_positive, default=3, help="steps before those (3)")
-    add("--precision", choices=sorted(PRECISIONS), default="fp32", help="of forward and losses (fp32)")
+    add("--precision", choices=_PRECISIONS, default="fp32", help="of forward and losses (fp32)")
     add("--images", type=_positive, help="images drawn (by preset and device)")
     add("--grouped", type=_numbers, metavar="K,…", help="measure k expressions per image instead")
     add("--startup", type=_tenfold, metavar="N", help="measure starting up with N expressions instead")

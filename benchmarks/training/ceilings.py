@@ -1,23 +1,31 @@
-"""The floor of a step: what its operations and bytes would take at the device's own best rates."""
+"""The floor of a step: what its operations, or its bytes, would take at the device's own best rates."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from ris_train.training.step import StepBatch
+from training.clock import Spans
+from training.operations import OperationCounter
+
+_Shape = tuple[int, ...]
 _MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
 _COPY_BYTES = {"cuda": 2 << 30, "cpu": 256 << 20}
 _MIN_ROUNDS = 3
 _CEILING_SECONDS = 0.5
-_PARAMETER_PASSES = 10
-"""Times that AdamW training moves each parameter: read forward and backward, gradient written; then weight,
-gradient and two moments read, weight and moments written."""
+_BYTES_PER_PARAMETER = {False: 4 * (3 + 7), True: 2 * (3 + 1 + 1) + 4 * (5 + 1)}
+"""Bytes that AdamW training moves for each parameter. In float32 (False) it is read forward and backward and
+its gradient is written; then weight, gradient and two moments are read, and weight and moments written. In
+half precision (True) the first three and the gradient's reading take 2 bytes, and so does writing the copy
+that the next step reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,20 +35,23 @@ class Work:
     Attributes:
         flops: of matrix products, convolutions and attention, forward and backward; two per multiplication
             and addition.
-        parameter_bytes: moved for weights, gradients and AdamW's moments, float32.
-        activation_bytes: kept by the forward for the backward, written once and read once.
+        parameter_bytes: moved at least for weights, gradients and AdamW's moments.
         feature_bytes: of the batch's features, read once.
+        kept_bytes: of activations that this implementation keeps for the backward pass, and so moves twice
+            or more; another might compute them again instead.
+        operations: that compute or move something, by part of the step.
     """
 
     flops: int
     parameter_bytes: int
-    activation_bytes: int
     feature_bytes: int
+    kept_bytes: int
+    operations: dict[str, int]
 
     @property
     def moved_bytes(self) -> int:
-        """All bytes that must be moved at least."""
-        return self.parameter_bytes + self.activation_bytes + self.feature_bytes
+        """All bytes that must be moved at least, however the step is computed."""
+        return self.parameter_bytes + self.feature_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,35 +71,82 @@ class Ceilings:
         return 1000 * max(work.flops / self.flops_per_s, work.moved_bytes / self.bytes_per_s)
 
 
-def count_work(model: nn.Module, loss: Callable[[], Tensor], features: tuple[Tensor, ...]) -> Work:
-    """Count what one step does by doing it; gradients are left as they come out.
+def count_work(step: Callable[[Spans], object], model: nn.Module, batch: StepBatch, *, is_half: bool) -> Work:
+    """Count what one step does by doing it.
 
     Args:
+        step: takes the whole step within spans, by which operations are counted.
         model: its trainable parameters are counted.
-        loss: runs forward and losses.
-        features: the cached features that the step reads.
+        batch: that the step computes; what it holds is no activation.
+        is_half: whether forward and backward are in half precision.
     """
+    device = batch.token_ids.device
     kept: dict[int, int] = {}
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    known = {_storage(tensor) for tensor in _tensors(batch)}
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with (
-        FlopCounterMode(display=False) as counter,
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-    ):
-        loss().backward()
+    def know_weights(*called: object) -> None:
+        known.update(_storage(parameter) for parameter in model.parameters())
+
+    know_weights()
+    operations = OperationCounter(device)
+    # Half precision has the weights' copies in their place, but only while the model computes.
+    hook = model.register_forward_pre_hook(know_weights)
+    try:
+        with (
+            FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as flops,
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            operations,  # the innermost, so that it sees what torch is given
+        ):
+            step(operations)
+    finally:
+        hook.remove()
+    features = {
+        _storage(tensor): tensor.nbytes
+        for part in batch.parts
+        for tensor in (part.inputs.image_embeddings, part.inputs.clip_features)
+    }
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Work(
-        flops=counter.get_total_flops(),
-        parameter_bytes=_PARAMETER_PASSES * 4 * trained,
-        activation_bytes=2 * sum(kept.values()),
-        feature_bytes=sum(tensor.nbytes for tensor in features),
+        flops=flops.get_total_flops(),
+        parameter_bytes=_BYTES_PER_PARAMETER[is_half] * trained,
+        feature_bytes=sum(features.values()),
+        kept_bytes=sum(num_bytes for storage, num_bytes in kept.items() if storage not in known),
+        operations=dict(operations.counts),
     )
+
+
+def _attention_flops(query: _Shape, key: _Shape, value: _Shape, *others: Any, **named: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward_flops(
+    gradient: _Shape, query: _Shape, key: _Shape, value: _Shape, *others: Any, **named: Any
+) -> int:
+    return int(sdpa_backward_flop_count(gradient, query, key, value))
+
+
+_ATTENTION_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+"""What torch's own counter passes over."""
+
+
+def _tensors(batch: StepBatch) -> Iterator[Tensor]:
+    """Yield all that a batch holds."""
+    for values in (batch, *(held for part in batch.parts for held in (part.inputs, part.targets))):
+        for name in () if values is None else (field.name for field in fields(values)):
+            value = getattr(values, name)
+            if isinstance(value, Tensor):
+                yield value
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:

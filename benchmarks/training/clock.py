@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from unittest.mock import patch
 
 import torch
@@ -19,6 +19,22 @@ from torch import nn
 
 Stamp = Any
 """A moment: seconds on a CPU, a CUDA event on a GPU."""
+
+
+class Spans(Protocol):
+    """Measures something within named spans, each within the one that is open."""
+
+    def begin(self, name: str) -> None:
+        """Open a span."""
+        ...
+
+    def end(self) -> None:
+        """Close the span opened last."""
+        ...
+
+    def span(self, name: str) -> AbstractContextManager[None]:
+        """Open a span and close it."""
+        ...
 
 
 @dataclass(slots=True)
@@ -87,35 +103,33 @@ class StepClock:
 
 
 @contextmanager
-def timed_children(clock: StepClock, model: nn.Module, prefix: str) -> Iterator[None]:
-    """Give the forward of each part of a model a span, `prefix` and the part's name."""
-    with ExitStack() as hooks:
-        for name, child in model.named_children():
-            before = child.register_forward_pre_hook(
-                lambda module, inputs, name=name: clock.begin(prefix + name)
-            )
-            after = child.register_forward_hook(lambda module, inputs, output: clock.end())
-            hooks.callback(before.remove)
-            hooks.callback(after.remove)
-        yield
-
-
-@contextmanager
-def timed_functions(clock: StepClock, functions: Mapping[tuple[Any, str], str]) -> Iterator[None]:
-    """Give each call of some functions a span.
+def within_spans(
+    spans: Spans, functions: Mapping[tuple[Any, str], str], model: nn.Module, prefix: str
+) -> Iterator[None]:
+    """Give each call of some functions, and the forward of each part of a model, a span.
 
     Args:
-        functions: name of the span by the module and the name under which the function is called.
+        spans: measures them.
+        functions: name of the span by the module or object and the name under which the function is called.
+        model: the span of a part has the part's name.
+        prefix: goes before that.
     """
-    with ExitStack() as patches:
-        for (module, name), span in functions.items():
-            patches.enter_context(patch.object(module, name, _timed(clock, getattr(module, name), span)))
+    with ExitStack() as undone:
+        for (owner, name), span in functions.items():
+            undone.enter_context(patch.object(owner, name, _within(spans, getattr(owner, name), span)))
+        for name, child in model.named_children():
+            before = child.register_forward_pre_hook(
+                lambda module, inputs, name=name: spans.begin(prefix + name)
+            )
+            undone.callback(before.remove)
+            after = child.register_forward_hook(lambda module, inputs, output: spans.end())
+            undone.callback(after.remove)
         yield
 
 
-def _timed(clock: StepClock, function: Callable[..., Any], span: str) -> Callable[..., Any]:
+def _within(spans: Spans, function: Callable[..., Any], span: str) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
-        with clock.span(span):
+        with spans.span(span):
             return function(*arguments, **named)
 
     return call

@@ -1,6 +1,6 @@
 """Steps of `ris train` on a cache, and the memory that the process then holds: run in a process of its own.
 
-    python benchmarks/training/larger.py CACHE STEPS BATCH
+    cd benchmarks; python -m training.larger CACHE STEPS BATCH
 
 Prints JSON: expressions, steps per second from the fourth step on, and resident memory before the first step,
 in the middle and after the last.
@@ -14,18 +14,15 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 
 import torch
 
 from ris_cache.memory import keep_freed_memory, own_memory
 from ris_train.config import load_config
-from ris_train.optim import build_optimiser
 from ris_train.ranks import Ranks
-from ris_train.training.randomness import seed_step
 from ris_train.training.setup import prepare
-from ris_train.training.step import StepComputer
+from training.steps import Trainee
 
 WARM_UP = 3
 """Steps that do not count: they fault memory in."""
@@ -40,17 +37,13 @@ def main(argv: Sequence[str]) -> int:
         overrides=[f"train.steps={steps}", f"train.batch_size={batch_size}", "data.val=refcoco:train"],
     )
     setup = prepare(root, config, Ranks(0, 1, torch.device("cpu")), random_seed=0)
-    setup.model.train()
-    optimiser = build_optimiser(setup.model, config.train)
-    computer = StepComputer(setup.model, config, setup.ranks)
+    trainee = Trainee(setup)
     memory = {0: own_memory()}
     seconds = []
     with closing(setup.batches(0, 1)) as batches:
         started = time.perf_counter()
-        for batch in islice(batches, steps):
-            seed_step(config.train.seed, batch.step)
-            computer.gradients(batch)
-            optimiser.step()
+        for batch in batches:
+            trainee.step(batch)
             memory[batch.step] = own_memory()
             seconds.append(time.perf_counter() - started)
             started = time.perf_counter()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from layouts.report import table
@@ -44,15 +45,26 @@ def floor_lines(work: Work, ceilings: Ceilings, measured: Measured) -> list[str]
     """Return the floor beside the measured step."""
     floor = ceilings.floor_ms(work)
     return [
-        f"Work of a step: {work.flops / 1e9:,.2f} GFLOP; {work.moved_bytes / 1e9:,.3f} GB moved "
-        f"(weights, gradients and moments {work.parameter_bytes / 1e9:,.3f}, activations "
-        f"{work.activation_bytes / 1e9:,.3f}, features {work.feature_bytes / 1e9:,.3f}).",
+        f"Work of a step: {work.flops / 1e9:,.2f} GFLOP; at least {work.moved_bytes / 1e9:,.3f} GB moved "
+        f"(weights, gradients and moments {work.parameter_bytes / 1e9:,.3f}, features "
+        f"{work.feature_bytes / 1e9:,.3f}). Activations kept for the backward pass, and so moved twice or "
+        f"more, as this is computed: {work.kept_bytes / 1e9:,.3f} GB.",
+        f"Operations of a step, each at least one launch on a GPU: {sum(work.operations.values()):,} "
+        f"({_by_stage(work.operations)}).",
         f"Ceilings measured here: matrix product {ceilings.flops_per_s / 1e9:,.1f} GFLOP/s, copy "
         f"{ceilings.bytes_per_s / 1e9:,.1f} GB/s.",
         f"Floor {floor:,.1f} ms (computing {1000 * work.flops / ceilings.flops_per_s:,.1f}, moving "
         f"{1000 * work.moved_bytes / ceilings.bytes_per_s:,.1f}); measured {measured.ms:,.1f} ms: "
         f"{floor / measured.ms:.0%} of what the device could do.",
     ]
+
+
+def _by_stage(operations: Mapping[str, int]) -> str:
+    """Add up the parts of forward, and those of the losses."""
+    stages: Counter[str] = Counter()
+    for part, number in operations.items():
+        stages[part.partition(":")[0]] += number
+    return ", ".join(f"{stage} {number:,}" for stage, number in stages.items())
 
 
 def startup_table(runs: Sequence[dict[str, Any]], *, markdown: bool) -> list[str]:

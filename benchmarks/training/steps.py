@@ -1,29 +1,36 @@
-"""Timing whole training steps, and where their time goes."""
+"""Training steps as `ris train` takes them: one, and many that are timed, and where their time goes."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import AdamW
 
 import ris_train.losses
-from ris_train.data.batch import Batch
-from ris_train.model.dfam import DfamPrediction
-from ris_train.model.segmenter import ModelOutputs, RisModel
-from ris_train.optim import build_optimiser
-from training.bench import Bench
-from training.clock import StepClock, timed_children, timed_functions
+import ris_train.training.step
+from ris_cache.errors import NonFiniteError
+from ris_train.config import RunConfig
+from ris_train.optim import build_optimiser, set_rate
+from ris_train.training.randomness import seed_step
+from ris_train.training.setup import Setup
+from ris_train.training.step import StepBatch, StepComputer
+from ris_train.training.watch import broken_terms
+from training.clock import Spans, StepClock, within_spans
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WAIT, BACKWARD, OPTIMISER, CLIP = "wait for data", "backward", "optimiser", "clip gradients"
+WAIT, ENCODERS, BACKWARD = "wait for data", "encoders", "backward"
+CLIP, OPTIMISER, REST = "clip gradients", "optimiser", "the rest"
 FORWARD, LOSSES = "forward: ", "losses: "
-_LOSS_FUNCTIONS = {
+OVERFLOWS = 20
+"""Steps that fp16 may lose until its scale fits; it begins at 2^16."""
+_LOSS_FUNCTIONS: dict[tuple[Any, str], str] = {
+    (ris_train.training.step, "total_loss"): LOSSES + "the rest",
     (ris_train.losses, "match_queries"): LOSSES + "matching",
     (ris_train.losses, "uncertain_points"): LOSSES + "drawing points",
     (ris_train.losses, "dice_loss"): LOSSES + "dice",
@@ -42,8 +49,8 @@ class Measured:
         ms: median milliseconds of a whole step.
         fastest, slowest: of a whole step, milliseconds.
         waiting: share of all steps' time spent waiting for data.
-        peak_bytes: of the device's memory on a GPU, of the process on a CPU, where memory that an earlier way
-            has freed counts too; None where it cannot be told.
+        peak_bytes: of the device's memory on a GPU, of the whole process on a CPU; None where it cannot be
+            told.
         images: mean number of different images in a batch.
     """
 
@@ -57,94 +64,109 @@ class Measured:
     images: float
 
 
+class Trainee:
+    """A model that is trained step by step.
+
+    Args:
+        setup: what is trained on what.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.model = setup.model
+        self._config: RunConfig = setup.config
+        self._optimiser: AdamW = build_optimiser(setup.model, setup.config.train)
+        self._computer = StepComputer(setup.model, setup.config, setup.ranks)
+        self.model.train()
+
+    def step(self, batch: StepBatch) -> bool:
+        """Take a step.
+
+        Returns:
+            Whether the weights moved: not, where gradients overflowed in fp16.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is no number, and no scale is to blame.
+        """
+        seed_step(self._config.train.seed, batch.step)
+        set_rate(self._optimiser, batch.step - 1, self._config.train)
+        broken = broken_terms(self._computer.gradients(batch))
+        if broken and not (broken == ("grad_norm",) and self._computer.scale.may_overflow):
+            raise NonFiniteError(f"Step {batch.step} gave no finite {', '.join(broken)}.", terms=broken)
+        is_finite = self._computer.scale.update(is_finite=not broken)
+        if is_finite:
+            self._optimiser.step()
+        return is_finite
+
+    def within(self, spans: Spans) -> AbstractContextManager[None]:
+        """Measure the parts of all steps taken meanwhile; what is left is the caller's span."""
+        functions: dict[tuple[Any, str], str] = {
+            (self._computer, "_encode_text"): FORWARD + "the rest",
+            (self._computer, "_part_loss"): FORWARD + "the rest",
+            **_LOSS_FUNCTIONS,
+            (self._computer, "_backward"): BACKWARD,
+            (self._computer, "_backward_text"): BACKWARD,
+            (self._computer, "_finish_gradients"): CLIP,
+            (self._optimiser, "step"): OPTIMISER,
+        }
+        return within_spans(spans, functions, self.model, FORWARD)
+
+
 def measure(
     name: str,
-    bench: Bench,
-    model: RisModel,
-    batches: Generator[Batch, None, None],
+    trainee: Trainee,
     *,
     steps: int,
     warm_up: int,
-    precision: str,
-    before: Callable[[Batch], Batch] | None = None,
+    before: Callable[[StepBatch], StepBatch] | None = None,
 ) -> Measured:
     """Train some steps and time them.
 
+    Steps that overflow in fp16 are warm-up, wherever they come: they lack their last part.
+
     Args:
         name: of the way.
-        batches: endless; closed at the end.
-        warm_up: steps before the first that counts.
-        precision: one of `PRECISIONS`.
+        trainee: its configuration has `OVERFLOWS` steps more than are taken.
+        steps: that count.
+        warm_up: steps before them.
         before: runs on every batch first, timed as "encoders".
     """
-    optimiser = build_optimiser(model, bench.config.train)
-    scaler = torch.amp.GradScaler(bench.device.type, enabled=precision == "fp16")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = trainee.setup.ranks.device
     found: list[dict[str, float]] = []
     images = []
-    forget_peak(bench.device)
-    with closing(batches):
-        for step in range(warm_up + steps):
-            clock = StepClock(bench.device)
+    forget_peak(device)
+    with closing(trainee.setup.batches(0, 1)) as batches:
+        taken = 0
+        while len(found) < steps:
+            clock = StepClock(device)
             with clock.span(WAIT):
                 batch = next(batches)
             if before is not None:
-                with clock.span("encoders"):
+                with clock.span(ENCODERS):
                     batch = before(batch)
-            loss = compute_loss(clock, bench, model, batch, precision)
-            with clock.span(BACKWARD):
-                optimiser.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-            with clock.span(CLIP):
-                scaler.unscale_(optimiser)
-                nn.utils.clip_grad_norm_(trained, bench.config.train.clip_grad_norm)
-            with clock.span(OPTIMISER):
-                scaler.step(optimiser)
-                scaler.update()
-            if step >= warm_up:
-                found.append(clock.own_ms())
+            with trainee.within(clock), clock.span(REST):
+                has_moved = trainee.step(batch)
+            own = clock.own_ms()
+            taken += has_moved
+            if has_moved and taken > warm_up:
+                found.append(own)
                 images.append(len({sample.image_id for sample in batch.samples}))
     totals = [sum(own.values()) for own in found]
     return Measured(
         name=name,
-        split={part: statistics.median(own.get(part, 0.0) for own in found) for part in found[0]},
+        split={part: statistics.median(own.get(part, 0.0) for own in found) for part in _in_order(found[0])},
         ms=statistics.median(totals),
         fastest=min(totals),
         slowest=max(totals),
         waiting=sum(own[WAIT] for own in found) / sum(totals),
-        peak_bytes=peak_bytes(bench.device),
+        peak_bytes=peak_bytes(device),
         images=statistics.mean(images),
     )
 
 
-def compute_loss(clock: StepClock, bench: Bench, model: RisModel, batch: Batch, precision: str) -> Tensor:
-    """Run forward and losses as `ris train` does: the model in a precision, the losses in float32."""
-    assert batch.targets is not None, "a training batch has targets"
-    with (
-        timed_children(clock, model, FORWARD),
-        timed_functions(clock, _LOSS_FUNCTIONS),
-    ):
-        with clock.span(FORWARD + "the rest"), _autocast(bench.device, precision):
-            outputs = model(batch.inputs)
-        with clock.span(LOSSES + "the rest"):
-            loss, _ = ris_train.losses.total_loss(_in_float32(outputs), batch.targets, bench.config.loss)
-    return loss
-
-
-def _autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=PRECISIONS[precision])
-
-
-def _in_float32(outputs: ModelOutputs) -> ModelOutputs:
-    assert outputs.dfam is not None, "training runs DFAM"
-    logits = outputs.no_target_logits
-    return ModelOutputs(
-        mask_logits=outputs.mask_logits.float(),
-        dfam=[DfamPrediction(*(tensor.float() for tensor in prediction)) for prediction in outputs.dfam],
-        no_target_logits=None if logits is None else logits.float(),
-    )
+def _in_order(parts: dict[str, float]) -> list[str]:
+    """Parts of a step as they come, what is left at the end."""
+    return sorted(parts, key=lambda part: part == REST)
 
 
 def forget_peak(device: torch.device) -> None:
@@ -162,16 +184,8 @@ def peak_bytes(device: torch.device) -> int | None:
     """Return the most memory taken since `forget_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return status_bytes("VmHWM")
-
-
-def status_bytes(key: str) -> int | None:
-    """Return an entry of what Linux says of this process' memory; None elsewhere."""
     path = Path("/proc/self/status")
     if not path.is_file():
         return None
-    for line in path.read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0]) << 10
-    return None
+    entries = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+    return int(entries["VmHWM"].split()[0]) << 10

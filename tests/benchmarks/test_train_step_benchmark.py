@@ -7,29 +7,48 @@ import importlib
 import io
 import json
 import shlex
-import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+
+from ris_train.config import load_config
+from ris_train.data.batch import Batch
+from ris_train.model.segmenter import ModelInputs
+from ris_train.ranks import Ranks
+from ris_train.training.setup import prepare
+from ris_train.training.start import train
+from ris_train.training.step import StepBatch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # as `python benchmarks/train_step.py` does
-train_step, bench, ceilings, clock, larger, report, startup = (
-    importlib.import_module(name)
-    for name in (
-        "train_step",
-        *(f"training.{part}" for part in ("bench", "ceilings", "clock", "larger", "report", "startup")),
-    )
+PARTS = ("bench", "ceilings", "child", "clock", "larger", "operations", "report", "startup", "steps", "way")
+train_step, bench, ceilings, child, clock, larger, operations, report, startup, steps, way = (
+    importlib.import_module(name) for name in ("train_step", *(f"training.{part}" for part in PARTS))
 )
 sys.path.remove(str(BENCHMARKS))
 
 CPU = torch.device("cpu")
+in_own_process = child.in_own_process
 SMALL = "--images 2 --batch 4 --steps 1 --warm-up 1 --device cpu"
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure here what otherwise takes a process of its own each time."""
+
+    def run_here(module: str, *arguments: object) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert sys.modules[module].main([str(argument) for argument in arguments]) == 0
+        return json.loads(printed.getvalue())
+
+    monkeypatch.setattr(child, "in_own_process", run_here)
 
 
 def run(options: str, root: Path) -> dict[str, Any]:
@@ -40,9 +59,16 @@ def run(options: str, root: Path) -> dict[str, Any]:
 
 
 def test_every_part_and_every_way_is_in_the_tables_and_the_json(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(ceilings, "_CEILING_SECONDS", 0)  # of three rounds at least
+    loaded = []
+    load_encoders = bench.load_encoders
+    monkeypatch.setattr(
+        bench, "load_encoders", lambda *options: loaded.append(options) or load_encoders(*options)
+    )
     results = run(f"{SMALL} --markdown", tmp_path)
+    assert len(loaded) == 2, "to extract, and for the way that runs them in every step"
     text = capsys.readouterr().out
     ours, looped, live = results["ways"]
     assert (looped["name"][:3], live["name"][:3]) == ("(a)", "(b)")
@@ -57,6 +83,7 @@ def test_every_part_and_every_way_is_in_the_tables_and_the_json(
         "losses: bce",
         "losses: vl",
         "backward",
+        "clip gradients",
         "optimiser",
     }
     assert parts <= set(ours["split"])
@@ -68,6 +95,9 @@ def test_every_part_and_every_way_is_in_the_tables_and_the_json(
         assert all(ms >= 0 for ms in way["split"].values()), way
         assert f"| {way['name']}" in text
     assert results["floor"]["floor_ms"] > 0
+    counted = results["floor"]["work"]["operations"]
+    assert parts - {"wait for data"} <= set(counted) <= set(ours["split"])
+    assert f"{sum(counted.values()):,} (forward" in text
     assert "% of what the device could do" in text
     assert results["command"] in text
     assert results["machine"]["libraries"]["torch"] in text
@@ -75,40 +105,34 @@ def test_every_part_and_every_way_is_in_the_tables_and_the_json(
 
 
 def test_grouping_puts_fewer_images_into_a_batch(tmp_path: Path) -> None:
-    ways = run(f"{SMALL} --grouped 1,4 --steps 2", tmp_path)["ways"]
+    ways = run(f"{SMALL} --grouped 1,4", tmp_path)["ways"]
     assert [way["name"] for way in ways] == ["each expression by itself", "4 expressions of an image"]
     assert ways[1]["images"] <= 2
 
 
 def test_starting_up_is_measured_for_the_number_asked_for_and_a_tenth(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def in_this_process(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        assert command[1] == startup.__file__
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            assert startup.main(command[2:]) == 0
-        return subprocess.CompletedProcess(command, 0, stdout=printed.getvalue())
-
-    monkeypatch.setattr(train_step, "subprocess", SimpleNamespace(run=in_this_process, PIPE=subprocess.PIPE))
     small, large = run("--startup 1000 --steps 1 --images 2 --device cpu", tmp_path)["startup"]
     assert 85 <= small["expressions"] < 100 < 900 <= large["expressions"] < 1000  # of train
     for found in (small, large):
         seconds = [after for _, after, _, _ in found["stages"]]
+        names = [name for name, *_ in found["stages"]]
+        assert names[1:5] == [
+            "open the cache",
+            "training samples",
+            "validation samples and truth",
+            "model",
+        ]
+        assert names[-2:] == ["first step", "2 steps"]
         assert seconds == sorted(seconds)
         assert found["step_ms"] > 0
     assert "first batch" in capsys.readouterr().out
 
 
 def test_a_larger_set_is_trained_on_beside_the_smaller_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def in_this_process(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        assert command[1] == larger.__file__
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            assert larger.main(command[2:]) == 0
-        return subprocess.CompletedProcess(command, 0, stdout=printed.getvalue())
-
-    monkeypatch.setattr(train_step, "subprocess", SimpleNamespace(run=in_this_process, PIPE=subprocess.PIPE))
     one, three = run("--larger 3 --images 1 --batch 2 --steps 2 --device cpu", tmp_path)["larger"]
     assert (one["images"], three["images"]) == (1, 3)
     assert 0 < one["expressions"] < three["expressions"]
@@ -156,8 +180,7 @@ def test_the_children_and_functions_of_a_step_are_timed_and_then_left_alone() ->
     found = clock.StepClock(CPU)
     relu = nn.functional.relu
     with (
-        clock.timed_children(found, model, "part "),
-        clock.timed_functions(found, {(nn.functional, "relu"): "relu"}),
+        clock.within_spans(found, {(nn.functional, "relu"): "relu"}, model, "part "),
         found.span("rest"),
     ):
         model(torch.ones(1, 2))
@@ -167,21 +190,110 @@ def test_the_children_and_functions_of_a_step_are_timed_and_then_left_alone() ->
     assert nn.functional.relu is relu
 
 
+def test_the_step_that_is_measured_is_that_of_ris_train(tmp_path: Path) -> None:
+    """The weights after two steps are the very ones of a run, schedule, dropout and clipping included."""
+    cache = bench.draw_cache("tiny", CPU, tmp_path, 1)
+    overrides = ["train.steps=2", "train.batch_size=3", "data.val=refcoco:train", "train.val_samples=1"]
+    config = load_config(recipe="tiny", overrides=[*overrides, "model.bert.dropout=0.5"])
+    train(cache, config, tmp_path / "run", device=CPU, random_seed=0)
+    trainee = steps.Trainee(prepare(cache, config, Ranks(0, 1, CPU), random_seed=0))
+    with closing(trainee.setup.batches(0, 1)) as batches:
+        assert [trainee.step(batch) for batch in batches] == [True, True]
+    kept = load_file(tmp_path / "run" / "checkpoints" / "state-2" / "model.safetensors")
+    own = trainee.model.state_dict()
+    assert kept
+    for name, weight in kept.items():
+        assert torch.equal(own[name], weight), name
+
+
+def whole_batch(features: torch.Tensor) -> StepBatch:
+    tokens = torch.zeros(1, 1, dtype=torch.int64)
+    inputs = ModelInputs(
+        image_embeddings=features,
+        clip_features=features,
+        token_ids=tokens,
+        text_mask=tokens == 0,
+        category_embeddings=None,
+    )
+    part = Batch(samples=(), inputs=inputs, targets=None)
+    return StepBatch(step=1, samples=(), parts=(part,), token_ids=tokens, text_mask=tokens == 0, first=0)
+
+
+def work_of(
+    step: Callable[[], torch.Tensor], model: nn.Module, features: torch.Tensor, **options: Any
+) -> Any:
+    def within(spans: Any) -> None:
+        with spans.span("step"):
+            step().sum().backward()
+
+    return ceilings.count_work(within, model, whole_batch(features), **{"is_half": False, **options})
+
+
 def test_the_work_of_a_linear_layer_is_counted_by_hand() -> None:
-    """[4, 8] times [8, 16], forward and for the weight's gradient; the input needs none."""
-    model, inputs = nn.Linear(8, 16), torch.randn(4, 8)
-    work = ceilings.count_work(model, lambda: model(inputs).sum(), (inputs,))
+    """[4, 8] times [8, 16], forward and for the weight's gradient; the features need none.
+
+    The backward pass needs the features, which are no activation, and what ReLU puts out.
+    """
+    model, features = nn.Sequential(nn.Linear(8, 16), nn.ReLU()), torch.randn(4, 8)
+    work = work_of(lambda: model(features), model, features)
     assert work.flops == 2 * (2 * 4 * 8 * 16)
     assert work.parameter_bytes == 10 * 4 * (8 * 16 + 16)
-    assert work.activation_bytes == 2 * 4 * 4 * 8
+    assert work.kept_bytes == 4 * 4 * 16
     assert work.feature_bytes == 4 * 4 * 8
+    assert work.moved_bytes == work.parameter_bytes + work.feature_bytes
+    half = work_of(lambda: model(features), model, features, is_half=True)
+    assert half.parameter_bytes == 34 * (8 * 16 + 16)
+
+
+def test_attention_on_a_cpu_is_counted() -> None:
+    """Two products forward; backward scores again, and the gradients of weights, value, query and key."""
+    query = torch.randn(2, 3, 5, 8, requires_grad=True)
+    work = work_of(
+        lambda: nn.functional.scaled_dot_product_attention(query, query, query), nn.Identity(), query
+    )
+    assert work.flops == (2 + 5) * (2 * 2 * 3 * 5 * 5 * 8)
+
+
+@pytest.mark.parametrize(
+    ("work", "number"),
+    [
+        (lambda x: x.view(4, 1)[1:].t().unsqueeze(0).detach(), 0),
+        (lambda x: torch.empty_like(x).new_empty(3).transpose_(0, 0), 0),
+        (lambda x: (x + 1).add_(2), 2),
+        (lambda x: x[0, 0].item(), 1),
+        (lambda x: torch.empty(2, 2, device="meta") + 1, 0),
+        (lambda x: torch._foreach_add([x, x], 1), 1),
+    ],
+)
+def test_operations_that_compute_or_move_are_counted(
+    work: Callable[[torch.Tensor], object], number: int
+) -> None:
+    values = torch.ones(2, 2)
+    with operations.OperationCounter(CPU) as counter, counter.span("outer"):
+        with counter.span("inner"):
+            work(values)
+        values.neg()
+    assert (counter.counts["inner"], counter.counts["outer"]) == (number, 1)
 
 
 def test_the_floor_is_the_longer_of_computing_and_moving() -> None:
-    work = ceilings.Work(flops=6000, parameter_bytes=100, activation_bytes=200, feature_bytes=300)
+    """What an implementation keeps, and how many operations it has, is no bound on others."""
+    work = ceilings.Work(
+        flops=6000, parameter_bytes=100, feature_bytes=500, kept_bytes=10**9, operations={"step": 10**9}
+    )
     for rates, floor in (((1000, 600), 6000), ((6000, 100), 6000), ((6000, 300), 2000)):
         found = ceilings.Ceilings(flops_per_s=rates[0], bytes_per_s=rates[1])
         assert found.floor_ms(work) == floor
+
+
+def test_a_process_of_its_own_gives_what_it_prints_or_says_that_it_failed(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    path.write_text('{"ms": 1.5}')
+    assert in_own_process("json.tool", path) == {"ms": 1.5}
+    path.write_text("{")
+    with pytest.raises(child.ChildError) as raised:
+        in_own_process("json.tool", path)
+    assert raised.value.facts["exit_code"] == 1
 
 
 @pytest.mark.parametrize(
