@@ -1,5 +1,5 @@
 """`python -m cli`, and what `torchrun -m cli` starts."""
 
-from cli.app import main
+from cli.entry import main
 
 main()

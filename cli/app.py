@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 from typing import Annotated
 
 import typer
@@ -24,6 +23,9 @@ from cli import (
     score,
     train,
 )
+from cli.entry import main
+
+__all__ = ["app", "main"]
 
 app = typer.Typer(
     name="ris",
@@ -55,12 +57,3 @@ def options(
     """Options of every command."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     guard.set_debug(debug)
-
-
-def main() -> None:
-    """Entry point."""
-    try:
-        app()
-    finally:
-        # While the interpreter ends, another Ctrl-C would only print a traceback out of its shutdown.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,7 +57,9 @@ def show(
         settings = {key: {"value": value, "origin": origin} for key, value, origin in resolved.settings()}
         print_json({"recipe": resolved.config.recipe, "settings": settings})
         return
-    print(printable(_as_yaml(resolved)))
+    # YAML is read as UTF-8, so that in another encoding ASCII alone comes back as it was.
+    encoding = "utf-8" if "utf" in sys.stdout.encoding.lower() else "ascii"
+    print(printable(_as_yaml(resolved, allow_unicode=encoding == "utf-8"), encoding))
 
 
 def schema() -> None:
@@ -94,11 +97,13 @@ def list_recipes(json: JsonOption = False) -> None:
         return
     print_table(
         f"{len(heads)} recipes",
-        ["recipe", "what it trains", "cost and score"],
-        [[head.name, head.about, head.cost] for head in heads],
-        "ris train --recipe NAME · ris config show --recipe NAME",
-        left=("what it trains", "cost and score"),
+        ["recipe", "what it trains", "needs", "cost and score"],
+        [[head.name, head.about, head.needs, head.cost] for head in heads],
+        left=("what it trains", "needs", "cost and score"),
     )
+    # Commands to copy, which a table would break.
+    print("\n".join(["Train by one of them:", *(f"  {head.command}" for head in heads)]))
+    print("See its settings:\n  ris config show --recipe NAME")
 
 
 def _recipe_of(cache: Path) -> str:
@@ -111,8 +116,12 @@ def _recipe_of(cache: Path) -> str:
     return FeatureCache.open(cache).manifest.preset
 
 
-def _as_yaml(resolved: ResolvedConfig) -> str:
-    """Write sections and settings, one a line, with the origin of each value as a comment."""
+def _as_yaml(resolved: ResolvedConfig, *, allow_unicode: bool) -> str:
+    """Write sections and settings, one a line, with the origin of each value as a comment.
+
+    Args:
+        allow_unicode: whether values may hold other characters than ASCII, which are escaped otherwise.
+    """
     import yaml
 
     lines = [(f"recipe: {resolved.config.recipe}", "")]
@@ -124,8 +133,8 @@ def _as_yaml(resolved: ResolvedConfig) -> str:
                 lines.append(("  " * depth + f"{section}:", ""))
                 open_sections = sections[: depth + 1]
         open_sections = sections
-        flow = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=2**20).strip()
-        lines.append(("  " * len(sections) + f"{name}: {flow[1:-1]}", origin))
+        flow = yaml.safe_dump([value], default_flow_style=True, allow_unicode=allow_unicode, width=2**20)
+        lines.append(("  " * len(sections) + f"{name}: {flow.strip()[1:-1]}", origin))
     width = max(len(text) for text, origin in lines if origin)
     return "\n".join(f"{text:<{width}}  # {origin}" if origin else text for text, origin in lines)
 

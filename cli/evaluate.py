@@ -85,7 +85,7 @@ def evaluate(
     chosen = choose_device(device)
     if chosen.type == "cpu":
         keep_freed_memory()
-    results, labels = evaluate_run(
+    found = evaluate_run(
         cache,
         find_run(runs, run),
         checkpoint=checkpoint.value,
@@ -99,10 +99,11 @@ def evaluate(
         show_progress=True,
     )
     if json:
-        print_json({"weights": labels, "results": [result.as_dict() for result in results]})
+        print_json(found.as_dict())
         return
-    print_results(results, labels)
-    for result in results:
+    evaluated = f"run {found.run}, checkpoint {found.checkpoint} of step {found.step}"
+    print_results(found.results, found.weight_labels, evaluated=evaluated)
+    for result in found.results:
         if result.quarantined or result.degenerate:
             typer.echo(
                 f"note: {result.split}: {result.quarantined} expressions not scored (image unreadable at "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -10,11 +11,18 @@ from typing import ParamSpec
 
 import typer
 
+from cli.entry import INTERRUPTED, is_interruption
 from ris_cache.errors import RisError
 
-INTERRUPTED = 130
 BROKEN_PIPE = 141
 P = ParamSpec("P")
+
+_LESS_MEMORY = {
+    "train": "compute a batch in more parts, which gives the same step: --set train.accumulate=…; or lower "
+    "train.batch_size",
+    "predict": "name fewer expressions at a time, or another --device",
+}
+"""What uses less memory, by name of the command's function; of others, those with a batch size."""
 
 _debug = False
 
@@ -32,16 +40,17 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, ImportError) as error:
+            if not is_interruption(error):
+                raise
             print("interrupted", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
         except RisError as error:
             _report(str(error), error.exit_code, error)
         except (MemoryError, RuntimeError) as error:
-            # torch's class for a full device is found by name, so that --help need not import torch.
-            if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            if not _is_out_of_memory(error):
                 raise
-            _report("out of memory; lower --batch-size (or --set train.batch_size=…)", 1, error)
+            _report(f"out of memory; {_less_memory(command)}", 1, error)
         except BrokenPipeError:  # whoever reads the output has seen enough, as `head` has
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
             raise typer.Exit(BROKEN_PIPE) from None
@@ -49,6 +58,18 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             _report(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 1, error)
 
     return run
+
+
+def _less_memory(command: Callable[..., None]) -> str:
+    has_batch_size = "batch_size" in inspect.signature(command).parameters
+    other = "lower --batch-size" if has_batch_size else "end other programs, or take a machine with more"
+    return _LESS_MEMORY.get(command.__name__, other)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell by name and words, so that --help need not import torch, which has no class for a full CPU."""
+    is_of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or is_of_torch
 
 
 def _report(message: str, exit_code: int, error: Exception) -> None:

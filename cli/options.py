@@ -18,7 +18,9 @@ DataOption = Annotated[
 ]
 CacheOption = Annotated[Path, typer.Option("--cache", help="Feature cache directory.", envvar="RIS_CACHE")]
 RunsOption = Annotated[Path, typer.Option("--runs", help="Directory of training runs.", envvar="RIS_RUNS")]
-RunOption = Annotated[str | None, typer.Option("--run", help="Run by name or path; the latest by default.")]
+RunOption = Annotated[
+    str | None, typer.Option("--run", help="Run by name or path; by default the one started last.")
+]
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …; by default cuda if there is one.")
 ]

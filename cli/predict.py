@@ -23,7 +23,10 @@ from ris_cache.datasets.fields import is_storable, shown
 from ris_cache.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from ris_train.predict import Prediction
+    from ris_train.pretrained import RISModel
 
 _JUDGEMENTS = {None: "", True: "refers to nothing in the image", False: "refers to something"}
 
@@ -68,15 +71,8 @@ def predict(
     from ris_train.live import Segmenter
     from ris_train.predict import predict as run_prediction
     from ris_train.predict import save_prediction
-    from ris_train.pretrained import RISModel
-    from ris_train.run import find_run
 
-    chosen = choose_device(device)
-    trained = (
-        RISModel.from_run(find_run(runs, run), device=chosen)
-        if model is None
-        else RISModel.from_pretrained(model, device=chosen)
-    )
+    trained, used = _load(model, runs, run, choose_device(device))
     segmenter = Segmenter.load(trained, sam_weights=sam_weights, clip_weights=clip_weights)
     stems = [image.stem] if len(text) == 1 else [f"{image.stem}.{number + 1}" for number in range(len(text))]
     found = [
@@ -85,16 +81,32 @@ def predict(
             text, stems, run_prediction(image, text, segmenter, category=category), strict=True
         )
     ]
-    weights = trained.metadata.weight_labels
+    labels = trained.metadata.weight_labels
     if json:
         if len(found) == 1:
-            print_json({**found[0].document(), "weights": weights})
+            print_json({**found[0].document(), **used, "weights": labels})
         else:
             predictions = [{"text": one.text, **one.document()} for one in found]
-            print_json({"predictions": predictions, "weights": weights})
+            print_json({"predictions": predictions, **used, "weights": labels})
         return
+    origin = {**used, **{f"{role} weights": label for role, label in labels.items()}}
     for written in found:
-        _print(image, written, weights if written is found[-1] else {})
+        _print(image, written, origin if written is found[-1] else {})
+
+
+def _load(
+    model: str | None, runs: Path, run: str | None, device: torch.device
+) -> tuple[RISModel, dict[str, str | int]]:
+    """Load the model that was named, or that of a run; also returns which it is, in words."""
+    from ris_train.pretrained import RISModel
+    from ris_train.run import find_run
+
+    if model is not None:
+        trained = RISModel.from_pretrained(model, device=device)
+        return trained, {"model": model, "name": trained.record.name, "step": trained.metadata.step}
+    found = find_run(runs, run)
+    trained = RISModel.from_run(found, device=device)
+    return trained, {"run": str(found.path), "checkpoint": "best", "step": trained.metadata.step}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +133,8 @@ class _Written:
         }
 
 
-def _print(image: Path, written: _Written, weights: dict[str, str]) -> None:
+def _print(image: Path, written: _Written, origin: dict[str, Any]) -> None:
+    """Show a prediction, and what it was made with."""
     prediction = written.prediction
     judgement = _JUDGEMENTS[prediction.says_no_target]
     print_table(
@@ -133,6 +146,6 @@ def _print(image: Path, written: _Written, weights: dict[str, str]) -> None:
             ["share of the image", f"{100 * written.share:.1f} %"],
             *([["the expression", judgement]] if judgement else []),
             ["category", f"{prediction.category or '-'} ({prediction.category_source})"],
-            *[[f"{role} weights", label] for role, label in weights.items()],
+            *[[name, str(value)] for name, value in origin.items()],
         ],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -35,7 +36,7 @@ class Progress(ABC):
         if self._bar is not None:
             self._bar.write(message, file=sys.stderr)
         else:
-            print(message, file=sys.stderr, flush=True)
+            _print(message)
 
     def stop(self) -> None:
         """End the bar, or print a last line."""
@@ -43,12 +44,12 @@ class Progress(ABC):
             self._bar.close()
             self._bar = None
         elif self._done > self._before:
-            print(self._line(), file=sys.stderr, flush=True)
+            _print(self._line())
 
     def _line_if_due(self) -> None:
         if time.monotonic() - self._last_line >= self._interval:
             self._last_line = time.monotonic()
-            print(self._line(), file=sys.stderr, flush=True)
+            _print(self._line())
 
     @abstractmethod
     def _line(self) -> str:
@@ -95,6 +96,12 @@ class ImageProgress(Progress):
             f"{self._what}: {self._done}/{self._total} images, {rate:.1f} images/s, "
             f"{duration(left)} left, {self._quarantined} quarantined"
         )
+
+
+def _print(message: str) -> None:
+    """Print on stderr; that nobody reads it any more, as after Ctrl-C on a `| tee`, ends no long work."""
+    with contextlib.suppress(BrokenPipeError):
+        print(message, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

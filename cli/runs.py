@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +12,7 @@ import typer
 
 from cli.guard import guarded
 from cli.options import DEFAULT_RUNS, JsonOption, RunsOption
-from cli.render import percent, print_json, print_table, size
+from cli.render import percent, print_json, print_table, printable, size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -95,7 +97,7 @@ def show(
         )
     _print_metrics(last)
     _print_checkpoints(checkpoints)
-    _print_evaluations(evaluations)
+    _print_evaluations(evaluations, summary.path)
     _print_problems([(run.path.name, problem) for problem in summary.problems])
 
 
@@ -214,10 +216,11 @@ def _print_checkpoints(checkpoints: Sequence[CheckpointFile]) -> None:
     )
 
 
-def _print_evaluations(evaluations: Sequence[EvaluationFile]) -> None:
+def _print_evaluations(evaluations: Sequence[EvaluationFile], path: Path) -> None:
+    """Print scores; an asterisk marks those that are not of the checkpoint that is there now."""
     rows = [
         [
-            evaluation.name,
+            evaluation.name + (" *" if evaluation.stale else ""),
             f"{evaluation.checkpoint or '-'} ({'-' if evaluation.step is None else evaluation.step})",
             score.split,
             score.rules,
@@ -233,10 +236,13 @@ def _print_evaluations(evaluations: Sequence[EvaluationFile]) -> None:
             "Evaluations",
             ["evaluation", "checkpoint (step)", "split", "rules", "grid", "samples", "score"],
             rows,
+            "\n".join(f"* {one.name}: {one.stale}" for one in evaluations if one.stale and not one.problem),
             left=("checkpoint (step)", "split", "rules", "grid"),
         )
     elif not evaluations:
-        print_table("Not evaluated yet: `ris eval --run …`", ["evaluation"], [])
+        # A command to copy, so no table, which would break it.
+        command = f"ris eval --run {shlex.quote(str(path))}"
+        typer.echo(printable(f"Not evaluated yet: {command}", sys.stdout.encoding))
     _print_problems([(one.name, one.problem) for one in evaluations if one.problem])
 
 

@@ -16,12 +16,15 @@ _MOST_METRICS = 8
 """As many columns of scores as fit beside the others in a log's width."""
 
 
-def print_results(results: Sequence[EvaluationResult], weights: Mapping[str, str]) -> None:
+def print_results(
+    results: Sequence[EvaluationResult], weights: Mapping[str, str], *, evaluated: str = ""
+) -> None:
     """Print the scores of each split, its rows the rule sets, with all that the numbers mean.
 
     Args:
         results: of splits.
         weights: labels of all weights that the numbers rest on.
+        evaluated: what made the predictions, in a line; empty if that is plain.
     """
     for result in results:
         metrics = _metrics(result)
@@ -31,7 +34,7 @@ def print_results(results: Sequence[EvaluationResult], weights: Mapping[str, str
             parts = [[name for name in metrics if name not in of_precision], of_precision]
         part = "" if result.is_whole else " (a part: the cache does not hold all of it)"
         title = f"{result.split}{part}, {result.expressions} expressions"
-        meaning = _meaning(result, weights)
+        meaning = [*([evaluated] if evaluated else []), *_meaning(result, weights)]
         is_alone = len(result.rule_names) == 1
         if is_alone:
             meaning.insert(0, " · ".join(f"{name}: {value}" for name, value in _terms(result, result.rules)))

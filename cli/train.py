@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -81,7 +79,11 @@ def train(
         typer.Option("--overfit", min=1, help="Train and validate on the first N usable expressions alone."),
     ] = None,
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Refuse operations that may differ from run to run.")
+        bool,
+        typer.Option(
+            "--deterministic",
+            help="Operations that repeat themselves: another is an error on the CPU, a warning on CUDA.",
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print samples, steps, memory and what trains; write nothing.")
@@ -104,18 +106,21 @@ def train(
     for key, value in (("steps", max_steps), ("overfit", overfit), ("deterministic", deterministic or None)):
         if value is not None:
             overrides.append(f"train.{key}={str(value).lower()}")
-    from ris_train.run import new_run_path
+    from ris_train.run import RunDirectory, new_run_path
 
     with _told_by_first():
         target, from_state = _target(runs, run, resume)
         resolved = _resolve(cache, recipe, config, overrides, split, target)
         chosen = choose_device(device)
+        if target is None and run is not None and _is_first():  # the others may find what it has made since
+            RunDirectory(runs / run).require_none()
     run_dir = target or (runs / run if run is not None else new_run_path(runs, resolved.recipe))
     random_seed = resolved.train.seed if random_weights else None
     if dry_run:
         _plan(cache, resolved, target, from_state, random_seed, json=json)
         return
-    _train(cache, resolved, run_dir, chosen, random_seed, target is not None, from_state, json=json)
+    is_named = target is not None or run is not None
+    _train(cache, resolved, run_dir, chosen, random_seed, target is not None, from_state, is_named, json=json)
 
 
 @contextmanager
@@ -192,23 +197,27 @@ def _resolve(
     target: Path | None,
 ) -> RunConfig:
     """Resolve the configuration; a run that goes on starts from its own, unless a recipe or file is named."""
-    from ris_train.config import load_config
+    from ris_train.config import load_config, resolve_config
+    from ris_train.config.loading import DEFAULT
 
+    own = None
     if target is not None and recipe is None and config is None:
         from ris_train.run import RunDirectory
 
-        recipe, config = RunDirectory(target).read_config().recipe, target / "config.yaml"
+        own = target / "config.yaml"
+        recipe, config = RunDirectory(target).read_config().recipe, own
     if recipe is None:
         from ris_cache import FeatureCache
 
         recipe = FeatureCache.open(cache).manifest.preset
-    resolved = load_config(recipe=recipe, config_path=config, environment=os.environ, overrides=overrides)
+    resolved = resolve_config(recipe=recipe, config_path=config, environment=os.environ, overrides=overrides)
     if split is None:
-        return resolved
+        return resolved.config
     from ris_train.data.merge import split_overrides
 
-    is_val_chosen = any(override.replace(" ", "").startswith("data.val=") for override in overrides)
-    meant = split_overrides(split, val=resolved.data.val, is_val_chosen=is_val_chosen)
+    origin = resolved.origins["data.val"]
+    is_val_chosen = origin != DEFAULT and not origin.startswith("recipe ") and origin != f"file {own}"
+    meant = split_overrides(split, val=resolved.config.data.val, is_val_chosen=is_val_chosen)
     return load_config(
         recipe=recipe, config_path=config, environment=os.environ, overrides=[*meant, *overrides]
     )
@@ -233,6 +242,7 @@ def _plan(
             random_seed=random_seed,
             resumed=None if target is None else RunDirectory(target),
             from_state=from_state,
+            num_processes=_num_processes(),
             say=lambda message: typer.echo(message, err=True),
         )
     if _is_first():
@@ -247,6 +257,7 @@ def _train(
     random_seed: int | None,
     is_resumed: bool,
     from_state: Path | None,
+    is_named: bool,
     *,
     json: bool,
 ) -> None:
@@ -257,9 +268,8 @@ def _train(
     if device.type == "cpu":
         keep_freed_memory()
     progress: Progress = TrainProgress()
-    is_one_of_several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    request = _StopOfAll if is_one_of_several else StopRequest
-    with request("after this step or batch", signals=(*SIGNALS, signal.SIGUSR1)) as stop:
+    is_one_of_several = _num_processes() > 1
+    with _request(is_one_of_several=is_one_of_several) as stop:
         try:
             report = run_training(
                 cache,
@@ -269,12 +279,13 @@ def _train(
                 random_seed=random_seed,
                 resume=is_resumed,
                 from_state=from_state,
+                is_named=is_named,
                 progress=progress,
                 should_stop=stop,
             )
         except StoppedError as stopped:
             if _is_first():  # one of the processes of torchrun speaks for all
-                typer.echo(f"stopped: {stopped}", err=True)
+                progress.say(f"stopped: {stopped}")
             code = stop.exit_code
         except OtherRankError as error:  # the one that failed says why
             code = error.exit_code
@@ -296,17 +307,23 @@ def _train(
     print_report(report, config, json=json)
 
 
-class _StopOfAll(StopRequest):
-    """The request where several processes train together: a second signal is no wish to stop at once.
+def _request(*, is_one_of_several: bool) -> StopRequest:
+    """What signals ask for: the state is to be saved, and only Ctrl-C after Ctrl-C gives it up.
 
-    Launchers repeat a signal that schedulers send to every process, and follow it by SIGKILL in time.
+    Schedulers and launchers repeat signals and follow one by another, and end all by SIGKILL in time. Where
+    several processes train together, they send SIGINT too.
     """
+    return StopRequest(
+        "all processes after this step or batch" if is_one_of_several else "after this step or batch",
+        signals=(*SIGNALS, signal.SIGUSR1),
+        interrupting=() if is_one_of_several else (signal.SIGINT,),
+        is_silent=not _is_first(),
+    )
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is None:
-            self.signal = number
-            if _is_first():
-                print("stopping all processes after this step or batch", file=sys.stderr, flush=True)
+
+def _num_processes() -> int:
+    """How many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _is_first() -> bool:

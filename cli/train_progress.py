@@ -22,15 +22,16 @@ class TrainProgress(Progress):
         """
         super().__init__("train", "step", is_terminal=is_terminal, interval=interval)
         self._samples = self._images = 0
-        self._waited = 0.0
+        self._waited = self._seconds = 0.0
         self._loss: float | None = None
 
-    def advance(self, *, loss: float, samples: int, images: int, waited: float) -> None:
+    def advance(self, *, loss: float, samples: int, images: int, waited: float, seconds: float) -> None:
         """Count one step."""
         self._done += 1
         self._samples += samples
         self._images += images
         self._waited += waited
+        self._seconds += seconds
         self._loss = loss if self._loss is None else DECAY * self._loss + (1 - DECAY) * loss
         if self._bar is not None:
             self._bar.set_postfix_str(self._facts(), refresh=False)
@@ -39,7 +40,8 @@ class TrainProgress(Progress):
             self._line_if_due()
 
     def _facts(self) -> str:
-        seconds = max(time.monotonic() - self._started, 1e-9)
+        """Loss and rates; the rates are those of steps, whatever time evaluations and states take."""
+        seconds = max(self._seconds, 1e-9)
         return (
             f"loss {self._loss or 0:.3f}, {self._samples / seconds:.1f} expressions/s, "
             f"{self._images / seconds:.1f} images/s, {100 * self._waited / seconds:.0f} % waiting for data"

@@ -82,6 +82,11 @@ def print_plan(plan: Plan, *, json: bool) -> None:
             *([["steps taken before", f"{plan.steps_taken:,}"]] if plan.steps_taken else []),
             ["epochs", f"{plan.epochs:.1f}"],
             ["validation", f"{plan.val_label}, {plan.val_size:,} expressions"],
+            [
+                "cut expressions",
+                f"{plan.num_cut['train']:,} to train on, {plan.num_cut['val']:,} to validate on, after "
+                f"{plan.max_tokens} word pieces",
+            ],
             *[[name, f"{size / 2**30:.2f} GiB"] for name, size in sizes.items()],
         ],
         caption="memory: of one process with the whole batch, in fp32; activations measured on one "

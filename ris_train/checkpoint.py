@@ -1,11 +1,14 @@
 """Checkpoints: one safetensors file that holds the whole trainable model and says what it is.
 
 The file's metadata carries the configuration, the encoders and what made the cache, so that evaluation and
-prediction need nothing else and can refuse features of another kind.
+prediction need nothing else and can refuse features of another kind; and a digest of the tensors, by which
+damage is found that leaves the file readable.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +25,11 @@ from ris_train.model.bert import bert_from_dict
 from ris_train.model.segmenter import RisModel
 
 METADATA_KEY = "ris"
+DIGEST_KEY = "sha256"
+
+
+class OtherVersionError(CheckpointError):
+    """A checkpoint or state that another version of ris wrote; it is whole, but not for this one."""
 
 
 class CategoryNames(BaseModel):
@@ -68,7 +76,7 @@ class CheckpointMetadata(BaseModel):
     def _encoders_can_be_built(cls, value: dict[str, Any]) -> dict[str, Any]:
         try:
             spec_from_dict(value)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"they cannot be built here ({error})") from error
         return value
 
@@ -86,7 +94,22 @@ def save_checkpoint(path: Path, model: RisModel, metadata: CheckpointMetadata) -
 def checkpoint_bytes(model: RisModel, metadata: CheckpointMetadata) -> bytes:
     """Content of a checkpoint's file."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    return save(tensors, metadata={METADATA_KEY: metadata.model_dump_json()})
+    described = {METADATA_KEY: metadata.model_dump_json(), DIGEST_KEY: tensors_digest(tensors)}
+    return save(tensors, metadata=described)
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 (lower-case hex) over name, dtype, shape and bytes of each tensor, by name.
+
+    Args:
+        tensors: contiguous, on the CPU.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_metadata(path: Path) -> CheckpointMetadata:
@@ -94,6 +117,7 @@ def read_metadata(path: Path) -> CheckpointMetadata:
 
     Raises:
         CheckpointError: no such file, not safetensors, or not written by ris.
+        OtherVersionError: written by another version of ris.
     """
     if not path.is_file():
         raise CheckpointError(
@@ -101,8 +125,7 @@ def read_metadata(path: Path) -> CheckpointMetadata:
             path=path,
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY)
+        text = _header(path).get(METADATA_KEY)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"Checkpoint {path} is damaged ({error}). Use another one of the same run.", path=path
@@ -114,19 +137,28 @@ def read_metadata(path: Path) -> CheckpointMetadata:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
-        raise CheckpointError(
-            f"Checkpoint {path} was written by another version of ris: {where}: {problem['msg']}.", path=path
+        raise OtherVersionError(
+            f"Checkpoint {path} was written by another version of ris: {where}: {problem['msg']}. Use that "
+            "version, which env.json names in the run, or train anew.",
+            path=path,
         ) from error
+
+
+def _header(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def load_checkpoint(path: Path, *, device: torch.device) -> tuple[RisModel, CheckpointMetadata]:
     """Rebuild the model of a checkpoint.
 
     Raises:
-        CheckpointError: as `read_metadata`, or the weights are not those of the model it describes.
+        CheckpointError: as `read_metadata`, or the weights are not those of the model it describes, or not
+            those that were written.
     """
     metadata = read_metadata(path)
-    model = build_from_metadata(metadata)
+    model = build_fitting(metadata, path)
     load_weights(model, path)
     return model.to(device).eval(), metadata
 
@@ -137,20 +169,84 @@ def build_from_metadata(metadata: CheckpointMetadata) -> RisModel:
     return RisModel(metadata.config.model, metadata.encoder_spec, bert)
 
 
+def build_fitting(metadata: CheckpointMetadata, path: Path) -> RisModel:
+    """Build the model that a file of weights is said to be of, if the tensors in the file bear that out.
+
+    Sizes that a damaged or hostile file claims are refused before anything is allocated for them.
+
+    Args:
+        metadata: what is said; from the file or from beside it.
+        path: the weights, which are still to come.
+
+    Raises:
+        CheckpointError: no such model can be built, or the tensors are of another one.
+        SafetensorError: the file is no safetensors file.
+    """
+    found = _shapes(path)
+    layers = (metadata.config.model.pixel_decoder_layers, metadata.bert.get("num_hidden_layers"))
+    try:
+        if any(isinstance(number, int) and number > len(found) for number in layers):
+            raise ValueError(f"it has more layers than the {len(found)} tensors of the file")
+        with torch.device("meta"):
+            model = build_from_metadata(metadata)
+        positions = model.language.bert.config.max_position_embeddings
+        if model.max_tokens > positions:
+            raise ValueError(f"max_tokens is {model.max_tokens}, but BERT has {positions} positions")
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever the first wrong value leads torch and transformers to
+        raise CheckpointError(
+            f"The model of {path} cannot be built as it is described: {error}. The description is damaged, "
+            "or was not written by ris.",
+            path=path,
+        ) from error
+    _require_same_shapes(found, expected, path)
+    return build_from_metadata(metadata)
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor of a safetensors file, by name; no tensor is read."""
+    with safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
 def load_weights(model: RisModel, path: Path) -> None:
     """Load a checkpoint's weights into a model of the same architecture.
 
+    A file without a digest, of an earlier ris or of an exported model, is taken as it is.
+
     Raises:
-        CheckpointError: names or shapes differ; the first few are named.
+        CheckpointError: the weights are not those that were written; or names or shapes differ, of which the
+            first few are named.
     """
     found = load_file(path)
-    expected = model.state_dict()
+    expected_digest = _header(path).get(DIGEST_KEY)
+    if expected_digest is not None and (digest := tensors_digest(found)) != expected_digest:
+        raise CheckpointError(
+            f"Checkpoint {path} is damaged: its weights are not those that were written (sha256 "
+            f"{digest[:12]}, expected {expected_digest[:12]}). Use another one of the same run.",
+            path=path,
+            expected=expected_digest,
+            found=digest,
+        )
+    _require_same_shapes(
+        {name: tuple(tensor.shape) for name, tensor in found.items()},
+        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        path,
+    )
+    model.load_state_dict(found)
+
+
+def _require_same_shapes(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unknown" for name in found if name not in expected]
     problems += [
-        f"{name} is {tuple(found[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
+        f"{name} is {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
     ]
     if problems:
         raise CheckpointError(
@@ -159,7 +255,6 @@ def load_weights(model: RisModel, path: Path) -> None:
             path=path,
             problems=problems,
         )
-    model.load_state_dict(found)
 
 
 def require_same_cache(metadata: CheckpointMetadata, fingerprint: str, *, path: Path, cache: Path) -> None:

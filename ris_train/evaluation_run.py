@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from ris_cache.datasets.selection import Selection, parse_selections
-from ris_cache.errors import CacheMissError, ConfigError
+from ris_cache.errors import CacheMissError, CheckpointError, ConfigError
 from ris_cache.store.cache import FeatureCache
+from ris_cache.store.files import sha256_file
 from ris_train.annotated import holds_whole
 from ris_train.checkpoint import CheckpointMetadata, load_checkpoint, read_metadata, require_same_cache
 from ris_train.config import RunConfig
@@ -25,7 +26,7 @@ from ris_train.params import count_parameters
 from ris_train.run import RunDirectory
 from ris_train.scoring.counts import Counts, concatenate
 from ris_train.scoring.predictions import PredictionWriter
-from ris_train.scoring.results import EvaluationResult, score_split, views_of
+from ris_train.scoring.results import EvaluationResult, RunEvaluation, score_split, views_of
 from ris_train.scoring.rules import RuleSet, default_rules, rules_named
 from ris_train.scoring.samples import SampleTable
 from ris_train.scoring.views import VIEWS, View
@@ -56,7 +57,7 @@ def evaluate_run(
     save_predictions: str | None = None,
     show_progress: bool = False,
     is_comparison: bool = False,
-) -> tuple[list[EvaluationResult], dict[str, str]]:
+) -> RunEvaluation:
     """Score a checkpoint on each split; every sample is predicted once, whatever the number of rule sets.
 
     Beside the run, `eval/<evaluation>.json` keeps the results and `eval/<evaluation>.parquet` the samples.
@@ -76,16 +77,14 @@ def evaluate_run(
         is_comparison: whether to score on features of another fingerprint too, to see what they change. No
             file is kept beside the run then: they would not be the run's scores.
 
-    Returns:
-        One result per split, and the labels of all weights that the numbers rest on.
-
     Raises:
-        CheckpointError: the run has no such checkpoint, or a damaged one.
+        CheckpointError: the run has no such checkpoint, or a damaged one, or wrote it anew meanwhile.
         FingerprintMismatchError: the cache was made otherwise than the one that the run was trained from.
         ConfigError: a category source that the model cannot use, an unknown rule set, or a place where
             predictions cannot be written.
     """
     path = run.checkpoint_path(checkpoint)
+    sha256 = sha256_file(path).sha256 if path.is_file() else ""  # of one that is missing the next line tells
     metadata = read_metadata(path)
     cache = FeatureCache.open(cache_root, integrity=metadata.config.data.integrity)
     if not is_comparison:
@@ -103,7 +102,7 @@ def evaluate_run(
         writer = PredictionWriter(save_predictions)
         writer.require_one_table(list(chosen))
         views = tuple({view.name: view for view in (*views, VIEWS["original"])}.values())
-    model, _ = load_checkpoint(path, device=device)
+    model = _load_model(path, sha256, device)
     tokenizer = Tokenizer.from_folder(
         run.tokenizer_dir, config.model.max_tokens, keep_sep=config.model.keep_sep
     )
@@ -116,6 +115,7 @@ def evaluate_run(
         "method": run.path.resolve().name,
         "checkpoint": checkpoint,
         "step": metadata.step,
+        "checkpoint_sha256": sha256,
         "fingerprint": cache.fingerprint.digest,
         "weights": metadata.weight_labels,
         "category_source": source,
@@ -129,7 +129,24 @@ def evaluate_run(
     if not is_comparison:
         name = _evaluation_name(checkpoint, source, results if selections is not None else [], shuffle_seed)
         _keep(run, name, results, metadata, meaning, _sample_table(cache, samples, counts, metadata, meaning))
-    return results, metadata.weight_labels
+    return RunEvaluation(
+        run=meaning["method"],
+        checkpoint=checkpoint,
+        step=metadata.step,
+        checkpoint_sha256=sha256,
+        weight_labels=metadata.weight_labels,
+        results=tuple(results),
+    )
+
+
+def _load_model(path: Path, sha256: str, device: torch.device) -> RisModel:
+    """Load a checkpoint, and make sure that no other has taken its place since it was digested."""
+    model, _ = load_checkpoint(path, device=device)
+    if sha256_file(path).sha256 != sha256:
+        raise CheckpointError(
+            f"Checkpoint {path} was written anew while it was read. Evaluate again.", path=path
+        )
+    return model
 
 
 def _load(cache: FeatureCache, selection: Selection, config: RunConfig, shuffle_seed: int | None) -> _Split:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ris_cache.datasets.fields import is_storable, shown
 from ris_cache.encoders.frozen import FrozenEncoders
 from ris_cache.encoders.images import decode_image
 from ris_cache.encoders.weights import WeightsRecord, resolve_clip_weights, resolve_sam_weights
@@ -126,15 +127,19 @@ class Segmenter:
             One per expression, in their order.
 
         Raises:
-            ConfigError: a blank expression, or a category that the model does not know or does not read.
+            ConfigError: an expression that is blank or no valid text, or a category that the model does not
+                know or does not read.
             DataError: the image cannot be read.
             ShapeError: an array of another kind.
         """
         texts = [text] if isinstance(text, str) else list(text)
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be at least 1.", batch_size=batch_size)
-        if any(not one.strip() for one in texts):
-            raise ConfigError("The expression is empty; say what to look for with --text.")
+        for one in texts:
+            if not one.strip():
+                raise ConfigError("The expression is empty; say what to look for.")
+            if not is_storable(one):
+                raise ConfigError(f"The expression is no valid text: {shown(one)}.", text=one)
         if not texts:
             return []
         pixels = image if isinstance(image, np.ndarray) else decode_image(Path(image), expected_size=None)
@@ -204,7 +209,8 @@ class Segmenter:
         if self.model.metadata.config.model.sparse_prompt != "category":
             if named is not None:
                 raise ConfigError(
-                    "This model reads no category (sparse_prompt is cls); leave --category out."
+                    f"This model reads no category (sparse_prompt is cls); leave category {named!r} out.",
+                    category=named,
                 )
             return [_Category(name=None, source="none", embedding=None)] * len(texts)
         if named is None:
@@ -233,7 +239,7 @@ def require_same_weights(metadata: CheckpointMetadata, weights: Mapping[str, Wei
         if metadata.weights[role] != record.as_dict():
             raise FingerprintMismatchError(
                 f"The model was trained on features of {role.upper()} {metadata.weight_labels[role]}, but "
-                f"these weights are {record.label}. Name the same file: --{role}-weights.",
+                f"these weights are {record.label}. Name the same file ({role}_weights, --{role}-weights).",
                 role=role,
                 expected=metadata.weight_labels[role],
                 found=record.label,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
 
+from ris_cache.encoders.spec import EncoderSpec
 from ris_cache.errors import CheckpointError
 from ris_cache.store.files import is_safe_relative, sha256_file
 from ris_train.arithmetic import feature_arithmetic
@@ -49,7 +51,7 @@ class ReportedScore(_Record):
         category_source: which category the model was given.
         expressions: `own`, or how they were shuffled.
         values: by metric, fractions, None where undefined.
-        measured: by `ris eval`, or while it trained, which chose this checkpoint by it.
+        measured: by `ris eval`, or while it trained, on the split that chose the run's best checkpoint.
     """
 
     split: str
@@ -91,8 +93,29 @@ class ModelRecord(_Record):
         outside = [name for name in value if not is_safe_relative(name)]
         if outside:
             raise ValueError(f"{outside[0]!r} is not a plain relative path")
+        in_tokenizer = [name for name in value if name.startswith(f"{TOKENIZER_NAME}/")]
+        strangers = value.keys() - {WEIGHTS_NAME, *in_tokenizer}
+        if strangers:
+            raise ValueError(f"{min(strangers)!r} is no file that a model is loaded from")
         if value and WEIGHTS_NAME not in value:
             raise ValueError(f"{WEIGHTS_NAME} is not among them")
+        if value and not in_tokenizer:
+            raise ValueError(f"no file of {TOKENIZER_NAME}/ is among them")
+        return value
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _checkpoint_can_be_used(cls, value: CheckpointMetadata) -> CheckpointMetadata:
+        TypeAdapter(EncoderSpec).validate_json(json.dumps(value.encoders), strict=True)
+        for role in ("sam", "clip"):
+            seed = value.weights.get(role, {}).get("seed", "")
+            if role not in value.weight_labels or type(seed) not in (int, type(None)):
+                raise ValueError(f"the weights of {role} are not described")
+        names = value.categories.names
+        if len(names) != len(value.categories.ids):
+            raise ValueError("the categories have not as many names as ids")
+        if value.config.model.sparse_prompt == "category" and not names:
+            raise ValueError("the model reads a category, and there is none")
         return value
 
 
@@ -132,8 +155,15 @@ def require_whole(folder: Path, record: ModelRecord) -> None:
     """Refuse files that are not those which config.json was written for.
 
     Raises:
-        CheckpointError: one is missing, or another.
+        CheckpointError: one is missing, or another; or the tokenizer has one more.
     """
+    for path in sorted((folder / TOKENIZER_NAME).rglob("*")):
+        if not path.is_dir() and path.relative_to(folder).as_posix() not in record.files:
+            raise CheckpointError(
+                f"{path} is not among the files that {RECORD_NAME} names, and tokenizers read what lies in "
+                "their folder. Remove it, or fetch or export the model again.",
+                path=path,
+            )
     for name, expected in record.files.items():
         path = folder / name
         if not path.is_file():
@@ -184,9 +214,9 @@ def render_card(record: ModelRecord, *, licence: str) -> str:
         ),
         "The weights of SAM and CLIP are not in this repository; features of other weights are refused.\n",
         "## Training data\n",
-        _trained_on(record.trained_on),
+        _trained_on(record.trained_on, config.train.overfit),
         "## Scores\n",
-        _scores(record.scores),
+        _scores(record.scores, config.train.overfit),
         "## Licence\n",
         _licence(licence),
     ]
@@ -221,14 +251,16 @@ def _usage(record: ModelRecord, *, reads_category: bool) -> str:
     )
 
 
-def _trained_on(parts: Sequence[TrainedOn]) -> str:
-    if not parts:
-        return NOT_RECORDED
+def _trained_on(parts: Sequence[TrainedOn], overfit: int | None) -> str:
     rows = [[f"`{part.selection}`", f"{part.expressions:,}", f"{part.images:,}"] for part in parts]
-    return _table(["split", "expressions", "images"], rows)
+    table = _table(["split", "expressions", "images"], rows) if parts else NOT_RECORDED
+    if overfit is None or 0 < sum(part.expressions for part in parts) <= overfit:
+        return table
+    only = f"**Only the first {overfit:,} expressions of the training set were used** (`train.overfit`)."
+    return f"{only}\n\n{table}"
 
 
-def _scores(scores: Sequence[ReportedScore]) -> str:
+def _scores(scores: Sequence[ReportedScore], overfit: int | None) -> str:
     """One table per set of metrics, in percent, each row with all that its numbers mean."""
     if not scores:
         return "Not evaluated.\n"
@@ -251,12 +283,17 @@ def _scores(scores: Sequence[ReportedScore]) -> str:
         ]
         terms = ["split", "rules", "grid", "threshold", "samples", "category", "expressions", "measured by"]
         tables.append(_table([*terms, *metrics], rows))
+    trial = (
+        "by which the run's best checkpoint was chosen, so it is no test."
+        if overfit is None
+        else "that it was trained on."
+    )
     return "\n".join(
         [
             *tables,
             "In percent. The rules are those of `docs/metrics.md` in ris; the category is the one that the "
-            "model was given: annotated, predicted by CLIP, or none. What was measured in training chose "
-            "this checkpoint, so it is no test.\n",
+            "model was given: annotated, predicted by CLIP, or none. What was measured in training is on the "
+            f"expressions {trial}\n",
         ]
     )
 

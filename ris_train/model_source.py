@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import huggingface_hub
+import torch
 
 from ris_cache.errors import CheckpointError, ConfigError
 from ris_train.hub import hub_failures, quiet_hub, reason
 from ris_train.model_card import CARD_NAME, RECORD_NAME, TOKENIZER_NAME, WEIGHTS_NAME
 
+# No code: neither what a tokenizer may bring along, nor templates.
+_TOKENIZER_PATTERNS: Final = (f"{TOKENIZER_NAME}/*.json", f"{TOKENIZER_NAME}/vocab.txt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
@@ -51,7 +54,7 @@ def _download(repo_id: str, revision: str | None, **fetching: Any) -> Path:
             found = huggingface_hub.snapshot_download(
                 repo_id,
                 revision=revision,
-                allow_patterns=[RECORD_NAME, WEIGHTS_NAME, CARD_NAME, f"{TOKENIZER_NAME}/*"],
+                allow_patterns=[RECORD_NAME, WEIGHTS_NAME, CARD_NAME, *_TOKENIZER_PATTERNS],
                 **fetching,
             )
     except hub_failures() as error:
@@ -62,3 +65,20 @@ def _download(repo_id: str, revision: str | None, **fetching: Any) -> Path:
             revision=revision,
         ) from error
     return Path(str(found))
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """Refuse a device before anything is fetched for it.
+
+    Raises:
+        ConfigError: it is not there, or torch knows none of that name.
+    """
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise ConfigError(
+            f"Device {str(device)!r} cannot be used here: {reason(error)}. `ris doctor` shows what is there.",
+            device=str(device),
+        ) from error
+    return chosen

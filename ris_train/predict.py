@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ris_cache.encoders.images import decode_image
+from ris_cache.store.files import is_temporary, write_atomically
 from ris_train.live import Segmenter
 
 OVERLAY_COLOUR = (255, 64, 64)
@@ -59,7 +61,8 @@ def predict(
         One per expression, in their order.
 
     Raises:
-        ConfigError: a blank expression, or a category that the model does not know or does not read.
+        ConfigError: an expression that is blank or no valid text, or a category that the model does not know
+            or does not read.
         DataError: the image cannot be read.
     """
     image = decode_image(image_path, expected_size=None)
@@ -76,9 +79,23 @@ def predict(
 
 
 def save_prediction(prediction: Prediction, out_dir: Path, stem: str) -> tuple[Path, Path]:
-    """Write the mask (PNG, 0 and 255) and the overlay; returns both paths."""
-    out_dir.mkdir(parents=True, exist_ok=True)
+    """Write the mask (PNG, 0 and 255) and the overlay, each whole or not at all; returns both paths.
+
+    Raises:
+        OSError: a file, which it names, cannot be written, or the disk is full.
+    """
     mask_path, overlay_path = out_dir / f"{stem}.mask.png", out_dir / f"{stem}.overlay.png"
-    Image.fromarray(prediction.mask.astype(np.uint8) * 255).save(mask_path)
-    Image.fromarray(prediction.overlay()).save(overlay_path)
+    _write_png(mask_path, prediction.mask.astype(np.uint8) * 255)
+    _write_png(overlay_path, prediction.overlay())
     return mask_path, overlay_path
+
+
+def _write_png(path: Path, pixels: npt.NDArray[np.uint8]) -> None:
+    content = BytesIO()
+    Image.fromarray(pixels).save(content, format="PNG")
+    try:
+        write_atomically(path, content.getvalue())
+    except OSError as error:
+        if error.filename is not None and not is_temporary(str(error.filename)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file

@@ -20,6 +20,7 @@ from typing import Any, Final, Self
 
 import huggingface_hub
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save
 
@@ -31,7 +32,7 @@ from ris_cache.store.files import (
     sync_directory,
     write_atomically,
 )
-from ris_train.checkpoint import CheckpointMetadata, build_from_metadata, load_checkpoint, load_weights
+from ris_train.checkpoint import CheckpointMetadata, build_fitting, load_checkpoint, load_weights
 from ris_train.data.text import Tokenizer
 from ris_train.hub import hub_failures, quiet_hub, reason
 from ris_train.model.segmenter import RisModel
@@ -49,7 +50,8 @@ from ris_train.model_card import (
     require_whole,
 )
 from ris_train.model_card import read_record as read_record
-from ris_train.model_source import find_folder
+from ris_train.model_files import files_to_replace, tokenizer_files
+from ris_train.model_source import find_folder, usable_device
 from ris_train.run import RunDirectory
 from ris_train.run_facts import reported_scores, trained_on
 
@@ -106,7 +108,7 @@ class RISModel(
 
         Raises:
             CheckpointError: nothing is there, or a damaged model, or one of another version of ris.
-            ConfigError: a revision of a local folder.
+            ConfigError: a revision of a local folder, or a device that cannot be used here.
         """
         # The mixin's own would read config.json first, as arguments of __init__.
         return cls._from_pretrained(
@@ -134,6 +136,7 @@ class RISModel(
         resume_download: None = None,
     ) -> Self:
         """As `from_pretrained`; the last two are what older mixins send besides."""
+        where = usable_device(device)
         folder = find_folder(
             model_id,
             revision,
@@ -145,7 +148,7 @@ class RISModel(
         record = read_record(folder)
         require_whole(folder, record)
         try:
-            network = build_from_metadata(record.checkpoint)
+            network = build_fitting(record.checkpoint, folder / WEIGHTS_NAME)
             load_weights(network, folder / WEIGHTS_NAME)
         except SafetensorError as error:  # written so: its digest is right
             raise CheckpointError(
@@ -156,7 +159,13 @@ class RISModel(
         tokenizer = Tokenizer.from_folder(
             folder / TOKENIZER_NAME, config.max_tokens, keep_sep=config.keep_sep
         )
-        return cls(network=network.to(torch.device(device)).eval(), record=record, tokenizer=tokenizer)
+        if tokenizer.vocab_size > network.language.bert.config.vocab_size:
+            raise CheckpointError(
+                f"{folder / TOKENIZER_NAME} has word pieces that the model does not know. Fetch or export "
+                "the model again.",
+                path=folder / TOKENIZER_NAME,
+            )
+        return cls(network=network.to(where).eval(), record=record, tokenizer=tokenizer)
 
     @classmethod
     def from_run(
@@ -171,17 +180,25 @@ class RISModel(
 
         Raises:
             CheckpointError: the run has no such checkpoint, or a damaged one.
+            ConfigError: a device that cannot be used here.
         """
         path = run.checkpoint_path(checkpoint)
-        network, metadata = load_checkpoint(path, device=torch.device(device))
-        record = ModelRecord(
-            name=run.path.resolve().name,
-            ris_version=version("ris"),
-            checkpoint=metadata,
-            trained_on=trained_on(run),
-            scores=reported_scores(run, checkpoint, metadata),
-            files={},
-        )
+        network, metadata = load_checkpoint(path, device=usable_device(device))
+        try:
+            record = ModelRecord(
+                name=run.path.resolve().name,
+                ris_version=version("ris"),
+                checkpoint=metadata,
+                trained_on=trained_on(run),
+                scores=reported_scores(run, checkpoint, metadata),
+                files={},
+            )
+        except ValidationError as error:
+            raise CheckpointError(
+                f"Checkpoint {path} does not describe itself as ris writes it: {error.errors()[0]['msg']}. "
+                "Use another one of the same run.",
+                path=path,
+            ) from error
         tokenizer = Tokenizer.from_folder(
             run.tokenizer_dir, metadata.config.model.max_tokens, keep_sep=metadata.config.model.keep_sep
         )
@@ -207,7 +224,10 @@ class RISModel(
 
         Raises:
             CheckpointError: the folder has a config.json of something else.
-            OSError: the folder cannot be written, or the disk is full.
+            ConfigError: it has files of no model that would be written over, or a tokenizer's that would
+                belong to this one.
+            OSError: the folder cannot be written, or the disk is full; a model that was not there before
+                leaves no file behind.
             RisError: the hub refuses the upload or cannot be reached; the folder is written.
         """
         folder = Path(folder)
@@ -217,17 +237,24 @@ class RISModel(
         return self.push_to_hub(repo_id, licence=licence, **upload) if push_to_hub else folder
 
     def _save_pretrained(self, save_directory: Path, *, licence: str = UNKNOWN_LICENCE) -> None:
-        before = read_record(save_directory).files if (save_directory / RECORD_NAME).exists() else {}
+        before = files_to_replace(save_directory)
         tensors = self.network.state_dict().items()
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors}
-        contents = {WEIGHTS_NAME: save(state, metadata={"format": "pt"}), **_tokenizer_files(self.tokenizer)}
-        for name, content in contents.items():
-            write_atomically(save_directory / name, content)
-        remove_files(save_directory, before.keys() - contents.keys())
+        contents = {WEIGHTS_NAME: save(state, metadata={"format": "pt"}), **tokenizer_files(self.tokenizer)}
         digests = {name: digest_of(content).sha256 for name, content in contents.items()}
         record = self.record.model_copy(update={"files": digests})
-        write_atomically(save_directory / CARD_NAME, str(self.generate_model_card(licence=licence)).encode())
-        write_atomically(save_directory / RECORD_NAME, (record.model_dump_json(indent=1) + "\n").encode())
+        try:
+            for name, content in contents.items():
+                write_atomically(save_directory / name, content)
+            remove_files(save_directory, before - contents.keys())
+            card = self.generate_model_card(licence=licence)
+            write_atomically(save_directory / CARD_NAME, str(card).encode())
+            document = record.model_dump_json(indent=1) + "\n"
+            write_atomically(save_directory / RECORD_NAME, document.encode())
+        except BaseException:
+            if not before:  # then none of these was there
+                remove_files(save_directory, (*contents, CARD_NAME, RECORD_NAME))
+            raise
 
     def generate_model_card(self, *, licence: str = UNKNOWN_LICENCE) -> huggingface_hub.ModelCard:
         """The card that is saved beside the weights, as the hub reads it."""
@@ -300,7 +327,8 @@ def export(
     Args:
         run: the run.
         checkpoint: `best` or `last`.
-        folder: empty or not there; by default `pretrained/<checkpoint>` within the run.
+        folder: empty or not there; by default `pretrained/<checkpoint>` within the run. An empty one is
+            filled, config.json last.
         licence: as in `RISModel.save_pretrained`.
 
     Returns:
@@ -318,6 +346,9 @@ def export(
     model = RISModel.from_run(run, checkpoint)
     target = folder.resolve()
     make_directories(target.parent)
+    if target.is_dir():  # filled, not replaced: a shell may be in it, or it may be a mount
+        model.save_pretrained(target, licence=licence)
+        return folder
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         model.save_pretrained(temporary, licence=licence)
@@ -326,10 +357,3 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The tokenizer's files by path relative to the model's folder."""
-    with TemporaryDirectory(prefix="ris-") as folder:
-        tokenizer.save(Path(folder))
-        return {f"{TOKENIZER_NAME}/{path.name}": path.read_bytes() for path in sorted(Path(folder).iterdir())}

@@ -6,31 +6,32 @@ runs/<name>/config.yaml  env.json  metrics.jsonl  tokenizer/  eval/  .lock
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
 import os
 import platform
-import socket
-import time
+import shlex
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import yaml
 
-from ris_cache.errors import CacheError, CheckpointError, ConfigError
+from ris_cache.errors import CheckpointError, ConfigError
 from ris_cache.store.files import LOCK_NAME, make_directories, write_atomically
-from ris_cache.store.locks import FileLock
 from ris_train.config import RunConfig, parse_config
+from ris_train.config.yaml_reading import read_yaml
+from ris_train.json_reading import parse_object
+from ris_train.run_lock import held_lock
 
 LIBRARIES = ("ris", "torch", "transformers", "segment-anything", "open_clip_torch", "zarr", "numpy")
-LOCK_SECONDS: Final = 1.0
-"""How long a lock that is held is asked for again: `ris runs list` holds it for an instant, to look."""
-_LOCK_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,13 @@ class RunDirectory:
         """Path of the checkpoint `best` or `last`."""
         return self.path / "checkpoints" / f"{name}.safetensors"
 
+    def has_checkpoint(self, name: str) -> bool:
+        """Whether there is the checkpoint `best` or `last`, in a directory that may be looked into."""
+        try:
+            return self.checkpoint_path(name).is_file()
+        except OSError:
+            return False
+
     @property
     def checkpoints_dir(self) -> Path:
         """Checkpoints, and the states that the run can be resumed from."""
@@ -76,21 +84,45 @@ class RunDirectory:
             ConfigError: the directory holds a run already, or what is left of one.
         """
         run = cls(path)
-        if run.config_path.exists():
+        run.require_none()
+        run.write_facts(facts)
+        run.write_config(config)
+        return run
+
+    def require_none(self) -> None:
+        """Refuse to begin a run here where there is one.
+
+        Raises:
+            ConfigError: the directory holds a run already, or what is left of one.
+        """
+        path = self.path
+        if self.config_path.exists():
             raise ConfigError(
                 f"{path} holds a run already. Go on with it (`ris train --run {path.name}`, without --resume "
                 "never), name another one with --run, or remove it.",
                 path=path,
             )
-        if run.metrics_path.exists() or run.checkpoints_dir.exists():
+        if self.metrics_path.exists() or self.checkpoints_dir.exists():
             raise ConfigError(
                 f"{path} holds metrics or checkpoints of a run, but no config.yaml. Put that back to go on, "
                 "name another run with --run, or remove the directory.",
                 path=path,
             )
-        run.write_facts(facts)
-        run.write_config(config)
-        return run
+
+    def resume_command(self, cache_root: Path) -> str:
+        """The command that goes on with the run, for a shell."""
+        words = ("--cache", cache_root, "--run", self.path.name, "--runs", self.path.parent)
+        return f"ris train {shlex.join(map(str, words))}"
+
+    def remove_unfinished(self) -> None:
+        """Remove what a process that was killed had not finished writing; to be done under the lock."""
+        states = self.checkpoints_dir.glob("state-*")
+        for directory in (self.path, self.tokenizer_dir, self.checkpoints_dir, *states):
+            for path in directory.glob(".*.tmp"):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
 
     @property
     def facts_path(self) -> Path:
@@ -99,14 +131,41 @@ class RunDirectory:
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
         """Write env.json: what is given, the time, and the machine."""
-        content = {
-            **facts,
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "libraries": {name: version(name) for name in LIBRARIES},
-        }
+        write_atomically(self.facts_path, _json_bytes({**facts, "started": _now(), **_machine()}))
+
+    def add_resumption(self, facts: Mapping[str, Any], *, begun: Mapping[str, Any]) -> None:
+        """Append to `resumed` in env.json that the run goes on: what is given, the time, and the machine.
+
+        Args:
+            facts: of this start.
+            begun: for `write_facts`, should env.json be gone or unreadable.
+        """
+        content = self._read_facts()
+        if not content:
+            self.write_facts(begun)
+            content = self._read_facts()
+        resumed = content.get("resumed")
+        earlier = resumed if isinstance(resumed, list) else []
+        content["resumed"] = [*earlier, {**facts, "time": _now(), **_machine()}]
         write_atomically(self.facts_path, _json_bytes(content))
+
+    def identity(self) -> str:
+        """SHA-256 (lower-case hex) of env.json as it was when the run began, however often it goes on."""
+        begun = {name: value for name, value in self._read_facts().items() if name != "resumed"}
+        return hashlib.sha256(_json_bytes(begun)).hexdigest()
+
+    def _read_facts(self) -> dict[str, Any]:
+        """Content of env.json; empty if it is gone or unreadable."""
+        try:
+            return parse_object(self.facts_path.read_bytes())
+        except (OSError, ValueError):
+            return {}
+
+    @property
+    def started(self) -> str:
+        """When the run began: ISO 8601, UTC; empty, so before all others, if that is not known."""
+        found = self._read_facts().get("started")
+        return found if isinstance(found, str) else ""
 
     @property
     def lock_path(self) -> Path:
@@ -122,48 +181,9 @@ class RunDirectory:
                 file system without locks.
             ConfigError: it is a file.
         """
-        try:
-            make_directories(self.path)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise ConfigError(
-                f"{error.filename} is a file, so no run can be at {self.path}. Name another with --run.",
-                path=self.path,
-            ) from error
-        lock = FileLock(self.lock_path)
-        end = time.monotonic() + LOCK_SECONDS
-        while not self._try(lock):
-            if time.monotonic() > end:
-                raise CheckpointError(
-                    f"The run {self.path} is being trained by another process{self._holder()}. Wait for it "
-                    "to end, stop it with SIGTERM, which saves its state, or train another run: --run NAME.",
-                    path=self.path,
-                )
-            time.sleep(_LOCK_POLL_SECONDS)
-        try:
-            self.lock_path.write_text(f"{os.getpid()} {socket.gethostname()}\n", encoding="utf-8")
+        _make_directories(self.path, self.path)
+        with held_lock(self.path, self.lock_path):
             yield
-        finally:
-            lock.release()
-
-    def _try(self, lock: FileLock) -> bool:
-        try:
-            return lock.acquire(wait=False)
-        except (CacheError, OSError) as error:
-            cause = error.__cause__ if isinstance(error, CacheError) else error
-            reason = cause.strerror if isinstance(cause, OSError) else str(error)
-            raise CheckpointError(
-                f"The run {self.path} cannot be locked, so a second training could not be kept out: "
-                f"{reason}. Keep runs where you may write and where file locks work: --runs.",
-                path=self.path,
-            ) from error
-
-    def _holder(self) -> str:
-        """Who holds the lock, in words; empty if that cannot be read."""
-        try:
-            number, host = self.lock_path.read_text(encoding="utf-8").split()
-        except (OSError, ValueError):
-            return ""
-        return f" (process {number} on {host})"
 
     def write_config(self, config: RunConfig) -> None:
         """Write the resolved configuration, in place of an earlier one."""
@@ -183,17 +203,17 @@ class RunDirectory:
                 "those there are.",
                 path=self.path,
             )
+        what_to_do = "Put it back to go on, or train another run with --run."
         try:
-            tree = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            problem = f"is not YAML: {' '.join(str(error).split())}"
-            raise ConfigError(self._damaged_config(problem), path=self.config_path) from error
-        if not isinstance(tree, dict):
-            raise ConfigError(self._damaged_config("holds no configuration"), path=self.config_path)
+            tree = read_yaml(self.config_path)
+        except ConfigError as error:
+            text = " ".join(str(error).split()).rstrip(".")
+            raise ConfigError(f"{text}. {what_to_do}", path=self.config_path) from error
+        if not tree:
+            raise ConfigError(
+                f"{self.config_path} holds no configuration. {what_to_do}", path=self.config_path
+            )
         return parse_config(tree, origin=str(self.config_path))
-
-    def _damaged_config(self, problem: str) -> str:
-        return f"{self.config_path} {problem}. Put it back to go on, or train another run with --run."
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to the metrics; a score over nothing (NaN) becomes null."""
@@ -208,8 +228,8 @@ class RunDirectory:
             os.fsync(file.fileno())
             return file.tell()
 
-    def truncate_metrics(self, num_bytes: int) -> None:
-        """Drop the lines beyond a size that `sync_metrics` returned; they are of steps taken anew.
+    def require_metrics(self, num_bytes: int) -> int:
+        """Refuse metrics shorter than a size that `sync_metrics` returned; returns their size.
 
         Raises:
             CheckpointError: the file is shorter than that.
@@ -222,7 +242,15 @@ class RunDirectory:
                 f"{self.checkpoints_dir}/state-<step>), or train another run with --run.",
                 path=self.metrics_path,
             )
-        if found > num_bytes:
+        return found
+
+    def truncate_metrics(self, num_bytes: int) -> None:
+        """Drop the lines beyond a size that `sync_metrics` returned; they are of steps taken anew.
+
+        Raises:
+            CheckpointError: the file is shorter than that.
+        """
+        if self.require_metrics(num_bytes) > num_bytes:
             os.truncate(self.metrics_path, num_bytes)
 
     def write_evaluation(self, name: str, results: Any) -> Path:
@@ -233,12 +261,34 @@ class RunDirectory:
 
 
 def new_run_path(runs_dir: Path, recipe: str) -> Path:
-    """Path for a new run, named after the recipe and the time."""
+    """Path for a new run, named after the recipe and the time; `free_run` makes it one of its own."""
     return runs_dir / f"{recipe}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 
+def free_run(path: Path) -> Path:
+    """Make the directory of a new run whose name nobody chose: another process may have come to the same.
+
+    Returns:
+        `path`, or where that is there already, the first free one of `path-2`, `path-3`, ….
+
+    Raises:
+        ConfigError: it would lie in a file.
+    """
+    _make_directories(path.parent, path)
+    for number in itertools.count(1):
+        candidate = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            candidate.mkdir()
+        except FileExistsError:
+            continue
+        return candidate
+    raise AssertionError("there is always a free number")
+
+
 def find_run(runs_dir: Path, name: str | None) -> RunDirectory:
-    """Find a run by name or path, or the latest one that has a checkpoint.
+    """Find a run by name or path, or the one with a checkpoint that was started last.
+
+    That is the order of `ris runs list`; a run that goes on keeps its place in it.
 
     Raises:
         CheckpointError: there is none.
@@ -251,15 +301,25 @@ def find_run(runs_dir: Path, name: str | None) -> RunDirectory:
             f"There is no run {name!r} in {runs_dir}; there are {', '.join(_run_names(runs_dir)) or 'none'}.",
             name=name,
         )
-    runs = [RunDirectory(path.parent) for path in runs_dir.glob("*/config.yaml")]
+    runs = [RunDirectory(path.parent) for path in sorted(runs_dir.glob("*/config.yaml"))]
     if not runs:
         raise CheckpointError(
             f"There is no run in {runs_dir}. Train one with `ris train`, or name another place with --runs.",
             path=runs_dir,
         )
     # A run that was stopped before its first evaluation has nothing to use; take the latest that has.
-    usable = [run for run in runs if run.checkpoint_path("best").is_file()]
-    return max(usable or runs, key=lambda run: run.config_path.stat().st_mtime)
+    usable = [run for run in runs if run.has_checkpoint("best")]
+    return max(usable or runs, key=lambda run: run.started)
+
+
+def _make_directories(path: Path, run_path: Path) -> None:
+    try:
+        make_directories(path)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(
+            f"{error.filename} is a file, so no run can be at {run_path}. Name another with --run.",
+            path=run_path,
+        ) from error
 
 
 def _run_names(runs_dir: Path) -> list[str]:
@@ -275,6 +335,19 @@ def finite_or_null(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite_or_null(item) for item in value]
     return value
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _machine() -> dict[str, Any]:
+    """What env.json says of the machine and its software."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
 
 
 def _json_bytes(value: Any) -> bytes:

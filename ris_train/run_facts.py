@@ -32,7 +32,11 @@ def trained_on(run: RunDirectory) -> tuple[TrainedOn, ...]:
 def reported_scores(
     run: RunDirectory, checkpoint: str, metadata: CheckpointMetadata
 ) -> tuple[ReportedScore, ...]:
-    """Return the scores of these very weights: what chose them in training, then their evaluations."""
+    """Return the scores of these very weights: what chose them in training, then their evaluations.
+
+    An evaluation counts if it has this file's digest: another checkpoint may have been of the same step, if
+    the run then went on from an earlier state with other settings.
+    """
     found = []
     best = best_score(line for line in read_files(run).metrics if line["step"] == metadata.step)
     if best is not None:
@@ -51,7 +55,7 @@ def reported_scores(
             )
         )
     for evaluation in evaluation_files(run):
-        if evaluation.checkpoint == checkpoint and evaluation.step == metadata.step:
+        if evaluation.checkpoint == checkpoint and not evaluation.stale:
             found += [_reported(score) for score in evaluation.scores if not score.refused]
     return tuple(found)
 

@@ -6,7 +6,6 @@ A damaged directory is part of the answer, never an error: the list exists to fi
 from __future__ import annotations
 
 import fcntl
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -14,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import yaml
-
 from ris_cache.errors import CheckpointError, ConfigError
 from ris_cache.store.files import LOCK_NAME
-from ris_train.config import RunConfig, parse_config
+from ris_train.config import RunConfig
+from ris_train.json_reading import parse_object
 from ris_train.run import RunDirectory
 from ris_train.scoring import RULES
 
@@ -130,7 +128,8 @@ class RunFiles:
 def list_runs(runs_dir: Path) -> list[RunSummary]:
     """Summarise every run of a directory, the latest first.
 
-    A directory is a run if it holds any of a run's files; those without a readable start come last.
+    A directory is a run if it holds any of a run's files, or cannot be looked into; those without a readable
+    start come last.
 
     Raises:
         CheckpointError: there is no such directory.
@@ -187,16 +186,23 @@ def read_files(run: RunDirectory) -> RunFiles:
     config: RunConfig | None = None
     facts: dict[str, Any] = {}
     try:
-        tree = yaml.safe_load(_read_text(run.config_path))
-        config = parse_config(_mapping(tree), origin="config.yaml")
+        config = run.read_config()
+    except CheckpointError:
+        problems.append("config.yaml is missing")
     except ConfigError as error:
-        problems.append(" ".join(str(error).split()))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        problems.append(" ".join(str(error).split()).replace(f"{run.path}/", ""))
+    except OSError as error:
         problems.append(_reason("config.yaml", error))
     try:
-        facts = _mapping(json.loads(_read_text(run.path / "env.json")))
+        facts = parse_object(_read_text(run.facts_path))
     except (OSError, ValueError) as error:
         problems.append(_reason("env.json", error))
+    try:
+        next(run.checkpoints_dir.iterdir(), None)
+    except FileNotFoundError:
+        pass  # it has none yet
+    except OSError as error:
+        problems.append(_reason("checkpoints", error))
     metrics, problem = _read_metrics(run.metrics_path)
     return RunFiles(
         config=config,
@@ -245,7 +251,11 @@ def is_training(run: RunDirectory) -> bool:
 
 
 def _is_run(path: Path) -> bool:
-    return path.is_dir() and any((path / mark).exists() for mark in _MARKS)
+    """Whether a directory holds any of a run's files, or cannot be looked into and may."""
+    try:
+        return path.is_dir() and any((path / mark).exists() for mark in _MARKS)
+    except OSError:
+        return True
 
 
 def _state(run: RunDirectory, files: RunFiles, step: int, steps: int | None) -> State:
@@ -272,10 +282,10 @@ def _read_metrics(path: Path) -> tuple[tuple[dict[str, Any], ...], str | None]:
     whole = content.split("\n")[:-1]
     for number, line in enumerate(whole, start=1):
         try:
-            record = _mapping(json.loads(line))
+            record = parse_object(line)
         except ValueError as error:
             return tuple(lines), _reason(f"{path.name}, line {number}", error)
-        if not isinstance(record.get("step"), int):
+        if type(record.get("step")) is not int:  # a switch is an int to Python
             return tuple(lines), f"{path.name}, line {number}: names no step"
         lines.append(record)
     return tuple(lines), None
@@ -286,10 +296,7 @@ def _as_score(line: Mapping[str, Any]) -> BestScore | None:
     rules = RULES.get(line["rules"]) if isinstance(line.get("rules"), str) else None
     if rules is None:
         return None
-    found = {name: line.get(name) for name in rules.metrics}
-    values = {
-        name: float(value) if isinstance(value, (int, float)) else math.nan for name, value in found.items()
-    }
+    values = {name: _fraction(line.get(name)) for name in rules.metrics}
     samples = line.get("num_samples")
     return BestScore(
         step=line["step"],
@@ -305,10 +312,11 @@ def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"holds {type(value).__name__} where keys and values belong")
-    return value
+def _fraction(value: object) -> float:
+    """A score as it is logged; NaN for what can be none."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return math.nan
+    return float(value) if 0 <= value <= 1 else math.nan
 
 
 def _text(value: object) -> str | None:

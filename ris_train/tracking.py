@@ -6,7 +6,6 @@ that cannot be opened is an error before the first step, and one that fails late
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -101,9 +100,9 @@ def open_trackers(
 ) -> Trackers:
     """Open the trackers that `train.trackers` names and give them the configuration.
 
-    TensorBoard writes into the run, to `tensorboard/`; the others know the run by the name of its directory,
-    and go on with it when training is resumed. Weights & Biases tells runs of one name apart by their
-    env.json, so that a run trained anew is another one.
+    TensorBoard writes into the run, to `tensorboard/`; the others name the run after its directory, and go on
+    with it when training is resumed. They tell runs of one name apart by what env.json said when they began,
+    so that a run trained anew is another one.
 
     Args:
         names: of `tensorboard`, `wandb`, `trackio`.
@@ -196,8 +195,7 @@ def _wandb(run: RunDirectory) -> Tracker:
     from accelerate.tracking import WandBTracker
 
     name = run.path.resolve().name
-    # env.json is written once per run and tells when it began; a digest has only letters an id may have.
-    run_id = hashlib.sha256(run.facts_path.read_bytes()).hexdigest()[:16]
+    run_id = run.identity()[:16]  # a digest has only letters that an id may have
     return _as_tracker(
         WandBTracker(run_name=PROJECT, name=name, id=run_id, resume="allow", dir=str(run.path))
     )
@@ -206,7 +204,9 @@ def _wandb(run: RunDirectory) -> Tracker:
 def _trackio(run: RunDirectory) -> Tracker:
     from accelerate.tracking import TrackioTracker
 
-    return _as_tracker(TrackioTracker(run_name=PROJECT, name=run.path.resolve().name, resume="allow"))
+    # It joins runs of one name, and knows no other mark.
+    name = f"{run.path.resolve().name}-{run.identity()[:8]}"
+    return _as_tracker(TrackioTracker(run_name=PROJECT, name=name, resume="allow"))
 
 
 def _as_tracker(tracker: Any) -> Tracker:

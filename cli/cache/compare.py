@@ -152,12 +152,12 @@ def _score(
         for label, cache in (("A", first), ("B", second))
         if load_manifest(cache).fingerprint.digest == metadata.fingerprint
     ]
-    others = {result.split: result for result in scored[1][0]}
+    others = {result.split: result for result in scored[1].results}
     return _Scored(
         checkpoint=run.checkpoint_path(name),
         trained_on=" and ".join(same) or "neither",
-        pairs=tuple((one, others[one.split]) for one in scored[0][0] if one.split in others),
-        labels=scored[0][1],
+        pairs=tuple((one, others[one.split]) for one in scored[0].results if one.split in others),
+        labels=scored[0].weight_labels,
     )
 
 

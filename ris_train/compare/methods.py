@@ -13,7 +13,8 @@ import numpy as np
 from ris_cache.errors import ConfigError, DataError
 from ris_train.compare.published import AS_PUBLISHED, PublishedMethod, published_method, published_tables
 from ris_train.compare.reading import printable, read_table
-from ris_train.run import find_run
+from ris_train.run import RunDirectory, find_run
+from ris_train.run_details import checkpoint_digest, staleness
 from ris_train.scoring.rules import RULES, RuleSet, default_rules
 from ris_train.scoring.samples import SampleTable
 from ris_train.scoring.views import VIEWS
@@ -206,25 +207,38 @@ def _evaluations(
     """Return the newest samples table that fits, and the others that were made alike, newest first.
 
     One evaluation may have covered one split only. Others of the same weights, category source and text fill
-    in the splits that the newest lacks; any other kind must be named by its path.
+    in the splits that the newest lacks; any other kind must be named by its path. So must one of a checkpoint
+    that another has taken the place of; where the checkpoint is gone, the newest evaluation says which it is.
     """
+    digest = checkpoint_digest(RunDirectory(run), checkpoint)
+    stale: dict[Path, str] = {}
     paths = sorted((run / "eval").glob("*.parquet"), key=lambda path: (-path.stat().st_mtime_ns, path.name))
     fitting = []
     for path in paths:
         table = read_table(path)
         is_own = table.metadata.get("expressions", "own") == "own"
         if is_own and table.metadata.get("checkpoint") == checkpoint and _has_views(table, rules):
-            fitting.append((path, table))
+            why = staleness(table.metadata.get("checkpoint_sha256"), digest, checkpoint)
+            if why and digest is not None:
+                stale[path] = why
+            else:
+                fitting.append((path, table))
     if not fitting:
         option = "" if rules is None else " --rules " + ",".join(rule.name for rule in rules)
         raise DataError(
             f"{run} holds no samples table in eval/ of checkpoint {checkpoint}"
-            f"{'' if rules is None else ' for these rule sets'}. Make one: `ris eval --run {run.name} "
-            f"--checkpoint {checkpoint}{option}`, or name a table by its path.",
+            f"{'' if rules is None else ' for these rule sets'}{_passed_over(stale)}. Make one: `ris eval "
+            f"--run {run.name} --checkpoint {checkpoint}{option}`, or name a table by its path.",
             path=run / "eval",
             checkpoint=checkpoint,
+            stale=sorted(stale),
         )
     return [item for item in fitting if _made_of(item[1]) == _made_of(fitting[0][1])]
+
+
+def _passed_over(stale: Mapping[Path, str]) -> str:
+    """Why tables were not taken that otherwise fit, for an error."""
+    return f"; {', '.join(f'{path.name} is {why}' for path, why in stale.items())}" if stale else ""
 
 
 def _has_views(table: SampleTable, rules: Sequence[RuleSet] | None) -> bool:
@@ -236,7 +250,7 @@ def _has_views(table: SampleTable, rules: Sequence[RuleSet] | None) -> bool:
 
 
 def _made_of(table: SampleTable) -> tuple[str, ...]:
-    names = (*_LABELS, "weights", "fingerprint", "step")
+    names = (*_LABELS, "weights", "fingerprint", "step", "checkpoint_sha256")
     return tuple(repr(table.metadata.get(name)) for name in names)
 
 

@@ -56,19 +56,18 @@ def variable(key: str) -> str:
 
 
 def from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """Find the settings in an environment.
+    """Find the settings in an environment: variable and value by dotted key, sorted by variable."""
+    keys = {variable(key): key for key in all_keys()}
+    return {keys[name]: (name, environment[name]) for name in sorted(environment) if name in keys}
 
-    Args:
-        environment: names and values; those that do not begin with `RIS_` are passed over.
 
-    Returns:
-        Variable and value by dotted key.
+def require_known(environment: Mapping[str, str]) -> None:
+    """Refuse what begins with `RIS_` and means nothing.
 
     Raises:
-        ConfigError: a variable that begins with `RIS_` and means nothing; names the nearest that does.
+        ConfigError: there are such variables; names the nearest that does mean something.
     """
-    keys = {variable(key): key for key in all_keys()}
-    known = [*keys, *OPTION_VARIABLES]
+    known = [*map(variable, all_keys()), *OPTION_VARIABLES]
     problems = []
     for name in sorted(environment):
         if not name.startswith(PREFIX) or name in known:
@@ -85,7 +84,6 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, tuple[str, str
         raise ConfigError(
             f"The environment has {len(problems)} problem(s):\n  " + "\n  ".join(problems), problems=problems
         )
-    return {keys[name]: (name, environment[name]) for name in sorted(environment) if name in keys}
 
 
 def nearest_key(path: Sequence[object]) -> str:

@@ -5,7 +5,8 @@ Precedence: defaults < recipe < `--config FILE` < environment < `--set section.k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +15,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from ris_cache.errors import ConfigError
-from ris_train.config.keys import from_environment, leaves, nearest_key, section_of
+from ris_train.config.keys import from_environment, leaves, nearest_key, require_known, section_of
 from ris_train.config.recipes import EXTENDS, recipe_layers
 from ris_train.config.schema import RunConfig
 from ris_train.config.yaml_reading import parse_yaml, read_yaml, shortened
@@ -38,6 +39,45 @@ class ResolvedConfig:
         """Dotted key, plain value and origin of each setting, in the order of the schema."""
         tree = self.config.model_dump(mode="json", exclude={"recipe"})
         return [(key, value, self.origins[key]) for key, value in leaves(tree)]
+
+
+class _Problems:
+    """What is wrong with a configuration, layer by layer, told in one error."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._errors: list[ConfigError] = []
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keep the error that is raised while entered, if one is."""
+        try:
+            yield
+        except ConfigError as error:
+            self.add(error)
+
+    def add(self, error: ConfigError) -> None:
+        """Keep an error for later."""
+        self._errors.append(error)
+
+    def raise_any(self) -> None:
+        """Raise what was kept: one error as it is, of several all problems."""
+        if len(self._errors) == 1:
+            raise self._errors[0]
+        if self._errors:
+            lines = [line for error in self._errors for line in _lines(error)]
+            raise _problems_error(self._name, lines) from self._errors[0]
+
+
+def _lines(error: ConfigError) -> list[str]:
+    problems = error.facts.get("problems")
+    return [str(problem) for problem in problems] if isinstance(problems, list) else [str(error)]
+
+
+def _problems_error(name: str, lines: list[str]) -> ConfigError:
+    return ConfigError(
+        f"The configuration ({name}) has {len(lines)} problem(s):\n  " + "\n  ".join(lines), problems=lines
+    )
 
 
 def load_config(
@@ -71,20 +111,31 @@ def resolve_config(
 
     Raises:
         ConfigError: a file that is missing or not YAML, an unknown key or variable (with the nearest known
-            one), or a value of the wrong kind; every problem is named.
+            one), or a value of the wrong kind. Wrong keys, variables and values are all named at once, unless
+            a file cannot be read.
     """
+    name = str(config_path or f"recipe {recipe}")
+    problems = _Problems(name)
     layers = [(f"recipe {name}", tree) for name, tree in recipe_layers(recipe)]
     if config_path is not None:
         layers.append((f"file {config_path}", _read_file(config_path, recipe)))
-    for key, (name, value) in from_environment(environment).items():
-        layers.append((name, _nested(key, parse_yaml(value, f"The value of {name}"))))
-    layers += [("--set", _parse_override(override)) for override in overrides]
+    with problems.collected():
+        require_known(environment)
+    for key, (variable, value) in from_environment(environment).items():
+        with problems.collected():
+            layers.append((variable, _nested(key, parse_yaml(value, f"The value of {variable}"))))
+    for override in overrides:
+        with problems.collected():
+            layers.append(("--set", _parse_override(override)))
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for origin, layer in layers:
-        _merge(tree, layer, origin, origins)
-    name = str(config_path or f"recipe {recipe}")
-    config = _validate(tree | {"recipe": recipe}, name, origins)
+        _merge(tree, layer, origin, origins, problems)
+    config = None
+    with problems.collected():
+        config = _validate(tree | {"recipe": recipe}, name, origins)
+    problems.raise_any()
+    assert config is not None
     keys = [key for key, _ in leaves(config.model_dump(mode="json", exclude={"recipe"}))]
     return ResolvedConfig(config=config, origins={key: origins.get(key, DEFAULT) for key in keys})
 
@@ -121,11 +172,7 @@ def _validate(tree: Mapping[str, Any], name: str, origins: Mapping[str, str]) ->
     try:
         return RunConfig.model_validate(dict(tree))
     except ValidationError as error:
-        lines = _problems(error, origins)
-        raise ConfigError(
-            f"The configuration ({name}) has {len(lines)} problem(s):\n  " + "\n  ".join(lines),
-            problems=lines,
-        ) from error
+        raise _problems_error(name, _problems(error, origins)) from error
 
 
 def _problems(error: ValidationError, origins: Mapping[str, str]) -> list[str]:
@@ -180,6 +227,7 @@ def _merge(
     over: Mapping[str, Any],
     origin: str,
     origins: dict[str, str],
+    problems: _Problems,
     path: tuple[str, ...] = (),
 ) -> None:
     """Lay `over` on `base` in place, section by section, and note where each value is from.
@@ -192,10 +240,12 @@ def _merge(
             base[key] = value
             origins[".".join(map(str, inner))] = origin
         elif isinstance(value, Mapping):
-            _merge(base.setdefault(key, {}), value, origin, origins, inner)
+            _merge(base.setdefault(key, {}), value, origin, origins, problems, inner)
         elif value is not None:
             name = ".".join(inner)
-            raise ConfigError(
-                f"{name} ({origin}) is a section, set by {name}.KEY, and cannot be {shortened(value)}.",
-                key=name,
+            problems.add(
+                ConfigError(
+                    f"{name} ({origin}) is a section, set by {name}.KEY, and cannot be {shortened(value)}.",
+                    key=name,
+                )
             )

@@ -169,7 +169,8 @@ class TrainConfig(_Section):
         bert_embeddings: whether BERT's embeddings train.
         precision: of the forward and backward pass; weights, losses and the optimiser stay in fp32.
         compile: whether `torch.compile` compiles the model.
-        deterministic: whether operations that may differ from run to run are refused.
+        deterministic: whether operations are chosen that repeat themselves; of one that has no such form the
+            CPU makes an error, CUDA a warning.
         expressions_per_image: expressions of one image that follow each other in the order of samples, so
             that what depends on the image alone is read and computed once for them.
         overfit: train and evaluate on the first so many usable expressions alone; null for the selections.

@@ -1,8 +1,9 @@
 """YAML as a configuration uses it: what could be taken in two ways is an error, not a guess.
 
 Beside YAML 1.1, `1e-4` is a number, as it is in YAML 1.2, in JSON and in Python. A key that is there twice,
-of which YAML would keep the last in silence, is refused; so is an alias, which can make a small file a huge
-or an endless tree.
+of which YAML would keep the last in silence, is refused; so are a number that YAML 1.1 takes for another one
+than its digits say, as 010 for 8 and 1:30 for 90, and an alias, which can make a small file a huge or an
+endless tree.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ MAX_BYTES: Final = 1 << 18
 """Of a configuration file; the largest that ships has three thousand."""
 
 _FLOAT_TAG: Final = "tag:yaml.org,2002:float"
+_INT_TAG: Final = "tag:yaml.org,2002:int"
+_TWO_MEANINGS: Final = re.compile(r"[-+]?(?:0[0-9_]+|[0-9][0-9_]*:.*)$")
+"""Numbers with a leading zero, which YAML 1.1 reads in base 8, and with colons, which it reads in base 60."""
 _EXPONENT: Final = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
 
 
@@ -32,6 +36,16 @@ class _Loader(yaml.SafeLoader):
             message = f"aliases such as *{event.anchor} are not read; write the value out"
             raise yaml.composer.ComposerError(None, None, message, event.start_mark)
         return super().compose_node(parent, index)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """Refuse what YAML 1.1 reads otherwise than people do."""
+        if _TWO_MEANINGS.match(node.value):
+            message = f"{node.value} is a number that can be read in two ways; write it in decimal"
+            message += ", without leading zeros or colons, or in quotes if it is a text"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+        read = self.construct_yaml_int if node.tag == _INT_TAG else self.construct_yaml_float
+        number: int | float = read(node)
+        return number
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuse a key that is there twice."""
@@ -47,6 +61,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+for _tag in (_INT_TAG, _FLOAT_TAG):
+    _Loader.add_constructor(_tag, _Loader.construct_number)
 _Loader.add_implicit_resolver(_FLOAT_TAG, _EXPONENT, list("-+.0123456789"))
 
 

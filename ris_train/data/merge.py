@@ -228,7 +228,7 @@ def split_overrides(split: str, *, val: str, is_val_chosen: bool) -> list[str]:
     Args:
         split: comma list of datasets or splits; a dataset stands for its train split.
         val: `data.val` as the recipe and file have it.
-        is_val_chosen: whether the user set `data.val` by an override, which then stays.
+        is_val_chosen: whether the user set `data.val`, which then stays.
 
     Returns:
         `data.train=…`, and `data.val=…` if `val` is of none of the datasets: the first one's val then.

@@ -157,6 +157,10 @@ class Samples(Sequence[Sample]):
         found: npt.NDArray[Any] = self._rows["num_anns"] == 0 if name == "is_no_target" else self._rows[name]
         return found
 
+    def longer_than(self, num_bytes: int) -> Samples:
+        """Those whose text has more bytes in UTF-8."""
+        return self.select(self._rows["num_bytes"] > num_bytes)
+
     def select(self, chosen: npt.NDArray[Any] | slice) -> Samples:
         """Choose samples as numpy chooses rows: by a slice, by positions, or by a truth value of each."""
         return Samples(self._rows[chosen], self._texts, self._ann_ids, self._tables, self._splits)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -15,12 +15,14 @@ from torch import Tensor
 from ris_cache.errors import WeightsError
 from ris_cache.vision_imports import ensure_torchvision
 from ris_train.config import BertConfig
+from ris_train.data.samples import Samples
 from ris_train.hub import hub_problem, quiet_hub
 
 ensure_torchvision()
 
 from transformers import AutoTokenizer, BertTokenizer  # noqa: E402
 
+_AT_ONCE: Final = 4096
 TINY_VOCABULARY = "package:tiny"
 TINY_VOCABULARY_PATH = Path(__file__).parent / "tiny_vocab.txt"
 
@@ -59,31 +61,50 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, source: str | Path, max_tokens: int, *, keep_sep: bool = True) -> Tokenizer:
-        """Load from a folder written by `save`, or from a hub name.
+        """Load from a folder written by `save`, or from a hub name; code that lies beside it is never run.
+
+        Args:
+            source: what exists as a folder is one; a `Path` is never a name on the hub.
+            max_tokens, keep_sep: as for the class.
 
         Raises:
             WeightsError: nothing usable is there.
         """
-        problem = hub_problem(str(source))
+        is_local = isinstance(source, Path) or Path(source).is_dir()
+        problem = "" if is_local else hub_problem(str(source))
         try:
+            if is_local and not Path(source).is_dir():  # or transformers would ask the hub for a/b
+                raise NotADirectoryError(source)
             with quiet_hub():
-                pieces = AutoTokenizer.from_pretrained(str(source), local_files_only=bool(problem))
-            return cls(pieces, max_tokens, keep_sep=keep_sep)
-        except (OSError, ValueError) as error:
+                pieces = AutoTokenizer.from_pretrained(
+                    str(source), trust_remote_code=False, local_files_only=is_local or bool(problem)
+                )
+                pieces(["a", "a b"], padding=True)  # what has no [PAD] is of no use
+        except Exception as error:  # whatever the first wrong value of a file leads transformers to
             raise WeightsError(
                 f"No BERT tokenizer at {source!s}{problem}. Give a folder with vocab.txt or tokenizer.json, "
                 "or a hub name that can be reached from here (model.bert.vocabulary or model.bert.weights).",
                 source=str(source),
             ) from error
+        return cls(pieces, max_tokens, keep_sep=keep_sep)
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's files, so that a run needs nothing outside its directory."""
+        """Write the tokenizer's files, so that a run needs nothing outside its directory.
+
+        They are the same wherever it was loaded from and whatever it has cut.
+        """
+        for where in ("is_local", "local_files_only"):
+            self._pieces.init_kwargs.pop(where, None)
+        if self._pieces.is_fast:  # which keeps the settings of the last call, and would write them
+            self._pieces.backend_tokenizer.no_padding()
+            self._pieces.backend_tokenizer.no_truncation()
         self._pieces.save_pretrained(str(folder))
 
     @property
     def vocab_size(self) -> int:
-        """Number of word pieces; ids lie below it."""
-        return len(self._pieces)
+        """Rows that an embedding needs: every id lies below it, also where a published list has gaps."""
+        ids: dict[str, int] = self._pieces.get_vocab()
+        return 1 + max(ids.values())
 
     def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Cut expressions into word pieces; a blank one becomes [CLS][SEP].
@@ -97,3 +118,16 @@ class Tokenizer:
         )
         token_ids, mask = (encoded[name][:, : self.max_tokens] for name in ("input_ids", "attention_mask"))
         return token_ids, mask.to(torch.bool)
+
+    def count_cut(self, samples: Samples) -> int:
+        """Count the expressions that lose word pieces to `max_tokens`."""
+        longest = self.max_tokens if self._keep_sep else self.max_tokens + 1
+        # A word piece has a byte at least; with [CLS] and [SEP], shorter texts need not be looked at.
+        candidates = samples.longer_than(longest - 2)
+        num_cut = 0
+        for start in range(0, len(candidates), _AT_ONCE):
+            texts = [sample.text for sample in candidates[start : start + _AT_ONCE]]
+            # Cut one piece later than it would be, so that what is one piece too long shows.
+            pieces = self._pieces(texts, truncation=True, max_length=longest + 1)["input_ids"]
+            num_cut += sum(len(ids) > longest for ids in pieces)
+        return num_cut

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 
 from ris_cache.encoders.weights import WeightsRecord
-from ris_cache.errors import WeightsError
+from ris_cache.errors import CheckpointError, WeightsError
 from ris_cache.store.files import sha256_file
 from ris_cache.vision_imports import ensure_torchvision
 from ris_train.config import BertConfig
@@ -24,6 +26,48 @@ from transformers import BertModel  # noqa: E402
 from transformers.utils.hub import cached_file  # noqa: E402
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_Size = Annotated[int, Field(gt=0, strict=True)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Architecture(BaseModel):
+    """What is read of a BERT configuration in transformers' words: what decides shapes and numbers.
+
+    The rest of such a file is ignored on purpose. It may name code, attention kernels that are fetched from
+    the hub, precisions and quantisations. By default the sizes are those of BERT-base.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+    vocab_size: _Size = 30522
+    hidden_size: _Size = 768
+    num_hidden_layers: _Size = 12
+    num_attention_heads: _Size = 12
+    intermediate_size: _Size = 3072
+    hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "silu", "swish"] = "gelu"
+    hidden_dropout_prob: _Share = 0.1
+    attention_probs_dropout_prob: _Share = 0.1
+    max_position_embeddings: _Size = 512
+    type_vocab_size: _Size = 2
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
+    pad_token_id: Annotated[int, Field(ge=0, strict=True)] | None = 0
+    position_embedding_type: Literal["absolute"] = "absolute"
+    is_decoder: Literal[False] = False
+    add_cross_attention: Literal[False] = False
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError("num_attention_heads does not divide hidden_size")
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError("pad_token_id is not below vocab_size")
+        return self
+
+    def configuration(self, **changes: float) -> TransformersBertConfig:
+        """In transformers' class, with other values for some fields."""
+        fields: dict[str, Any] = self.model_dump(exclude={"position_embedding_type"})
+        return TransformersBertConfig(**{**fields, **changes, "attn_implementation": "sdpa"})
 
 
 def load_bert(
@@ -48,14 +92,23 @@ def load_bert(
         )
     path = _weight_file(config.weights)
     try:
+        fields = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        sizes = _Architecture.model_validate(fields)
         loaded: Any = BertModel.from_pretrained(
             str(path.parent),
+            config=sizes.configuration(
+                hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout
+            ),
             add_pooling_layer=False,
             output_loading_info=True,
             dtype=torch.float32,
-            hidden_dropout_prob=config.dropout,
-            attention_probs_dropout_prob=config.dropout,
         )
+    except ValidationError as error:
+        raise WeightsError(
+            f"BERT weights at {path} cannot be loaded: config.json is of no BERT that can be used here: "
+            f"{_first_problem(error)}.",
+            path=path,
+        ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise WeightsError(f"BERT weights at {path} cannot be loaded: {error}", path=path) from error
     bert, report = loaded
@@ -95,8 +148,24 @@ def random_bert(config: BertConfig, *, vocab_size: int, seed: int) -> tuple[Bert
 
 
 def bert_from_dict(fields: dict[str, Any]) -> BertModel:
-    """Build the BERT that `bert.config.to_diff_dict()` describes; its weights are still to come."""
-    return BertModel(TransformersBertConfig.from_dict(fields), add_pooling_layer=False)
+    """Build the BERT that `bert.config.to_diff_dict()` describes; its weights are still to come.
+
+    Raises:
+        CheckpointError: it cannot be built here.
+    """
+    try:
+        sizes = _Architecture.model_validate(fields)
+    except ValidationError as error:
+        raise CheckpointError(
+            f"The BERT of this model cannot be built here: {_first_problem(error)}. The file is damaged, or "
+            "was not written by ris."
+        ) from error
+    return BertModel(sizes.configuration(), add_pooling_layer=False)
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    return ": ".join([*map(str, problem["loc"]), problem["msg"]])
 
 
 def _weight_file(source: str) -> Path:

@@ -97,6 +97,38 @@ class EvaluationResult:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEvaluation:
+    """What a checkpoint scored.
+
+    Attributes:
+        run: name of the run.
+        checkpoint: `best` or `last`.
+        step: optimiser steps it had taken.
+        checkpoint_sha256: of its file, lower-case hex; another checkpoint of the run may be of the same step.
+        weight_labels: of all weights that the numbers rest on.
+        results: one per split.
+    """
+
+    run: str
+    checkpoint: str
+    step: int
+    checkpoint_sha256: str
+    weight_labels: dict[str, str]
+    results: tuple[EvaluationResult, ...]
+
+    def as_dict(self) -> dict[str, object]:
+        """Plain values for JSON."""
+        return {
+            "run": self.run,
+            "checkpoint": self.checkpoint,
+            "step": self.step,
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "weights": self.weight_labels,
+            "results": [result.as_dict() for result in self.results],
+        }
+
+
 def score_split(
     split: str,
     counts: Mapping[str, Counts],

@@ -8,19 +8,19 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
-from ris_cache.errors import NonFiniteError, StoppedError
-from ris_train.checkpoint import CheckpointMetadata, save_checkpoint
+from ris_cache.errors import NonFiniteError, RisError, StoppedError
 from ris_train.data.batch import CategorySource, default_category_source
 from ris_train.data.merge import TrainingSet
 from ris_train.optim import build_optimiser, set_rate
 from ris_train.run import RunDirectory
 from ris_train.scoring import Scores
 from ris_train.tracking import open_trackers
+from ris_train.training.keeping import Keeper
 from ris_train.training.progress import Progress
 from ris_train.training.randomness import seed_step
-from ris_train.training.resume import ResumePoint, is_evaluated
+from ris_train.training.resume import ResumePoint
 from ris_train.training.setup import Setup
-from ris_train.training.state import BestSoFar, RunState, restore, save_or_say_full, save_state, update_state
+from ris_train.training.state import BestSoFar, RunState, restore
 from ris_train.training.step import StepBatch, StepComputer
 from ris_train.training.watch import broken_terms, stop_for
 
@@ -85,10 +85,19 @@ class Loop:
         self._model = setup.model
         self._optimiser = build_optimiser(self._model, self._config)
         self._computer = StepComputer(self._model, setup.config, self._ranks)
+        self._keeper = Keeper(
+            run,
+            self._model,
+            self._optimiser,
+            setup.metadata,
+            cache_root=setup.cache.root,
+            keep_last=self._config.keep_last,
+        )
         self._resumed_from = None if point is None else point.state.step
         self._step = self._consumed = 0
         self._saved_step: int | None = None
         self._is_evaluation_due = False
+        self._evaluated_step: int | None = None
         self._best: BestSoFar | None = None
         self._terms_since_log: list[dict[str, float]] = []
         self._seconds_before = 0.0
@@ -108,9 +117,8 @@ class Loop:
             if self._step == 0:
                 self._save_state()
             self._model.train()
-            if self._is_evaluation_due or (
-                self._step == self._config.steps and not self._is_evaluated_here()
-            ):
+            is_cut_here = self._step == self._config.steps and self._evaluated_step != self._step
+            if self._is_evaluation_due or is_cut_here:
                 self._evaluate()
                 self._save_state()
             self._all_steps()
@@ -119,10 +127,6 @@ class Loop:
             if self._trackers is not None:
                 self._trackers.close()
         return self._report()
-
-    def _is_evaluated_here(self) -> bool:
-        """Whether the run was evaluated after the step it is at: not, if its steps were cut down to there."""
-        return self._ranks.from_main(self._ranks.is_main and is_evaluated(self._run, self._step))
 
     def _all_steps(self) -> None:
         with closing(self._setup.batches(self._consumed, self._step + 1)) as batches:
@@ -136,6 +140,7 @@ class Loop:
                     samples=len(batch.samples),
                     images=len({sample.image_id for sample in batch.samples}),
                     waited=waited,
+                    seconds=time.monotonic() - asked,
                 )
                 self._look(rate)
                 if self._ranks.any(self._should_stop()) and self._step < self._config.steps:
@@ -149,8 +154,7 @@ class Loop:
         self._ranks.collect(None)
         return StoppedError(
             f"{self._run.path} after step {self._step} of {self._config.steps}; its state is saved. "
-            f"Go on with `ris train --cache {self._setup.cache.root} --run {self._run.path.name} "
-            f"--runs {self._run.path.parent}`.",
+            f"Go on with `{self._run.resume_command(self._setup.cache.root)}`.",
             step=self._step,
             path=self._run.path,
         )
@@ -182,11 +186,11 @@ class Loop:
             self._terms_since_log.clear()
             extra = {"scale": self._computer.scale.value} if self._computer.scale.as_dict() else {}
             self._log({"step": self._step, **means, "lr": rate, **extra, "seconds": round(self._seconds, 3)})
-        is_evaluated = self._step % self._config.eval_every == 0 or is_last
-        if is_evaluated:
+        is_to_be_evaluated = self._step % self._config.eval_every == 0 or is_last
+        if is_to_be_evaluated:
             self._evaluate()
         every = self._config.checkpoint_every
-        if is_last or (is_evaluated if every is None else self._step % every == 0):
+        if is_last or (is_to_be_evaluated if every is None else self._step % every == 0):
             self._save_state()
 
     def _evaluate(self) -> None:
@@ -197,9 +201,10 @@ class Loop:
         except StoppedError:
             raise self._stopped() from None
         self._is_evaluation_due = False
-        fields = {"val": validation.label, "rules": scores.rules, "num_samples": scores.num_samples}
-        self._log({"step": self._step, **fields, **scores.values})
-        metadata = self._metadata(scores.values)
+        if self._evaluated_step != self._step:  # otherwise the log has it, and a checkpoint was another's
+            fields = {"val": validation.label, "rules": scores.rules, "num_samples": scores.num_samples}
+            self._log({"step": self._step, **fields, **scores.values})
+        self._evaluated_step = self._step
         is_best = self._best is None or validation.is_better(scores, _scores(self._best))
         if is_best:
             self._best = BestSoFar(
@@ -209,9 +214,7 @@ class Loop:
                 values=dict(scores.values),
             )
         if self._ranks.is_main:
-            for name in ("last", "best") if is_best else ("last",):
-                path = self._run.checkpoint_path(name)
-                save_or_say_full(self._run, path, lambda file: save_checkpoint(file, self._model, metadata))
+            self._keeper.keep_evaluated(self._step, scores.values, is_best=is_best)
         values = ", ".join(f"{name} {100 * value:.2f}" for name, value in scores.values.items())
         self._told.say(
             f"step {self._step}: {validation.label} {values} (rules {scores.rules}, {scores.num_samples} "
@@ -232,23 +235,15 @@ class Loop:
             step=self._step,
             consumed=self._consumed,
             is_evaluation_due=self._is_evaluation_due,
+            evaluated_step=self._evaluated_step,
             best=self._best,
             scaler=self._computer.scale.as_dict(),
             terms_since_log=self._terms_since_log,
-            metrics_bytes=self._run.sync_metrics(),
             seconds=self._seconds,
+            training=self._setup.training_digest,
+            validation=self._setup.validation_digest,
         )
-        if is_saved:
-            update_state(self._run, state)
-            return
-        save_state(
-            self._run,
-            state,
-            self._model,
-            self._optimiser,
-            self._metadata({}),
-            keep_last=self._config.keep_last,
-        )
+        self._keeper.keep_state(state, is_saved=is_saved)
 
     def _take_over(self, point: ResumePoint) -> None:
         restore(point.path, self._model, self._optimiser)
@@ -256,6 +251,7 @@ class Loop:
         self._step = self._saved_step = state.step
         self._consumed = state.consumed
         self._is_evaluation_due = state.is_evaluation_due
+        self._evaluated_step = state.evaluated_step
         self._best = state.best
         self._computer.scale.load(state.scaler)
         self._terms_since_log = [dict(values) for values in state.terms_since_log]
@@ -265,15 +261,12 @@ class Loop:
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
 
-    def _metadata(self, values: dict[str, float]) -> CheckpointMetadata:
-        return self._setup.metadata.model_copy(update={"step": self._step, "val": values})
-
-    def _broken(self, batch: StepBatch, values: dict[str, float], terms: tuple[str, ...]) -> NonFiniteError:
+    def _broken(self, batch: StepBatch, values: dict[str, float], terms: tuple[str, ...]) -> RisError:
         return stop_for(
             self._run,
             self._model,
             batch,
-            self._metadata({}),
+            self._keeper.metadata(self._step),
             self._ranks,
             cache_root=self._setup.cache.root,
             values=values,

@@ -16,9 +16,10 @@ from ris_train.data.merge import TrainingSet
 from ris_train.losses import total_loss
 from ris_train.ranks import Ranks
 from ris_train.run import RunDirectory
+from ris_train.tracking import require_trackers
 from ris_train.training.randomness import seed_step
-from ris_train.training.resume import find_resume_point, require_same_features
-from ris_train.training.setup import Setup, masks_of, prepare
+from ris_train.training.resume import find_resume_point, require_same_data
+from ris_train.training.setup import Setup, masks_of, prepare, require_enough_for
 from ris_train.training.step import build_step_batch
 
 
@@ -52,6 +53,7 @@ class Plan:
     Attributes:
         steps: of the whole run.
         steps_taken: of them before, by the run that would go on.
+        num_cut: expressions that are cut at `max_tokens` word pieces, `train` and `val`.
         epochs: how often each expression is seen, on average.
         samples_at_once: of one process and one part of a batch.
         trained: parameters that train, by module.
@@ -62,6 +64,8 @@ class Plan:
     num_samples: int
     val_label: str
     val_size: int
+    num_cut: dict[str, int]
+    max_tokens: int
     steps: int
     steps_taken: int
     batch_size: int
@@ -78,6 +82,7 @@ class Plan:
             "num_samples": self.num_samples,
             "val": self.val_label,
             "val_size": self.val_size,
+            "cut_expressions": self.num_cut,
             "steps": self.steps,
             "steps_taken": self.steps_taken,
             "batch_size": self.batch_size,
@@ -103,6 +108,7 @@ def make_plan(
     random_seed: int | None,
     resumed: RunDirectory | None = None,
     from_state: Path | None = None,
+    num_processes: int = 1,
     say: Callable[[str], None] = lambda message: None,
 ) -> Plan:
     """Load and build all that training would, on the CPU, and pass one sample through; writes nothing.
@@ -113,17 +119,20 @@ def make_plan(
         random_seed: seed of random BERT weights, if those were asked for; not needed by a run that goes on.
         resumed: the run that would go on, which another process may be training.
         from_state: one of its states; the latest whole one by default.
-        say: is told what would be passed over of it.
+        num_processes: that would train together.
+        say: is told what would be passed over of it, and which settings would be others from there on.
 
     Raises:
         RisError: as training would before its first step.
     """
+    require_trackers(config.train.trackers)
+    require_enough_for(config, num_processes)
     point = None if resumed is None else find_resume_point(resumed, config, chosen=from_state, say=say)
     metadata = None if point is None else point.metadata
     alone = Ranks(0, 1, torch.device("cpu"))
     setup = prepare(cache_root, config, alone, random_seed=random_seed, resumed=metadata, run=resumed)
-    if resumed is not None and metadata is not None:
-        require_same_features(metadata, setup.cache.fingerprint.digest, resumed)
+    if resumed is not None and point is not None:
+        require_same_data(point, setup, resumed)
     trained: Counter[str] = Counter()
     frozen: Counter[str] = Counter()
     for name, parameter in setup.model.named_parameters():
@@ -137,6 +146,8 @@ def make_plan(
         num_samples=num_samples,
         val_label=setup.validation.label,
         val_size=setup.validation.size,
+        num_cut=setup.num_cut,
+        max_tokens=config.model.max_tokens,
         steps=config.train.steps,
         steps_taken=0 if point is None else point.state.step,
         batch_size=config.train.batch_size,

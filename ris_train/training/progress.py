@@ -12,8 +12,16 @@ class Progress(Protocol):
         """Training begins; `done` of `total` steps were taken before."""
         ...
 
-    def advance(self, *, loss: float, samples: int, images: int, waited: float) -> None:
-        """One step was taken: its loss, its samples and different images, and the seconds waited for them."""
+    def advance(self, *, loss: float, samples: int, images: int, waited: float, seconds: float) -> None:
+        """One step was taken.
+
+        Args:
+            loss: of its batch.
+            samples: of its batch.
+            images: different ones of its batch.
+            waited: seconds until the batch was there.
+            seconds: that it took in all, waiting included.
+        """
         ...
 
     def say(self, message: str) -> None:
@@ -31,7 +39,7 @@ class Silent:
     def start(self, *, total: int, done: int) -> None:
         """Show nothing."""
 
-    def advance(self, *, loss: float, samples: int, images: int, waited: float) -> None:
+    def advance(self, *, loss: float, samples: int, images: int, waited: float, seconds: float) -> None:
         """Show nothing."""
 
     def say(self, message: str) -> None:

@@ -2,6 +2,8 @@
 
 Every step begins by seeding all generators anew. What a step draws therefore depends on no earlier one, and a
 resumed run has no generator to restore.
+
+Each generator has a stream of its own. To numpy [seed, step] is the same as [seed, step, 0].
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ def seed_step(seed: int, step: int) -> None:
         seed: the run's.
         step: counted from 1.
     """
-    drawn = np.random.SeedSequence([seed, step, 0]).generate_state(2, np.uint64)
+    drawn = np.random.SeedSequence([seed, step, 2]).generate_state(2, np.uint64)
     torch.manual_seed(int(drawn[0] >> np.uint64(1)))
     np.random.seed(int(drawn[1] & np.uint64(2**32 - 1)))
     random.seed(int(drawn[1]))

@@ -31,6 +31,7 @@ from ris_train.optim import freeze_untrained
 from ris_train.ranks import Ranks
 from ris_train.run import RunDirectory
 from ris_train.training.building import build_model
+from ris_train.training.data_digest import DataDigest
 from ris_train.training.step import StepBatch, build_step_batch, is_grouped, part_slices
 from ris_train.validation import Validation
 
@@ -57,6 +58,19 @@ class Setup:
     model: RisModel
     metadata: CheckpointMetadata
 
+    @property
+    def training_digest(self) -> DataDigest:
+        """Of the expressions that are trained on."""
+        parts = self.training_set.parts
+        return DataDigest.of(
+            self.training_set.samples, [f"{part.selection} {part.expressions}" for part in parts]
+        )
+
+    @property
+    def validation_digest(self) -> DataDigest:
+        """Of the expressions that are scored."""
+        return DataDigest.of(self.validation.samples, [self.validation.label])
+
     def facts(self) -> dict[str, Any]:
         """What env.json records of a run beside the machine."""
         return {
@@ -67,6 +81,15 @@ class Setup:
             "processes": self.ranks.world,
             "deterministic": self.config.train.deterministic,
             "training_set": [part.as_dict() for part in self.training_set.parts],
+            "cut_expressions": self.num_cut,
+        }
+
+    @property
+    def num_cut(self) -> dict[str, int]:
+        """How many expressions are cut at `model.max_tokens`, of those trained and of those validated on."""
+        return {
+            "train": self.tokenizer.count_cut(self.training_set.samples),
+            "val": self.tokenizer.count_cut(self.validation.samples),
         }
 
     def batches(self, consumed: int, first_step: int) -> Generator[StepBatch, None, None]:
@@ -135,12 +158,7 @@ def prepare(
         ConfigError: fewer expressions in a batch than processes, a recipe for caches of another preset, or as
             `build_model`.
     """
-    if config.train.batch_size < ranks.world:
-        raise ConfigError(
-            f"train.batch_size={config.train.batch_size} is the batch of all {ranks.world} processes "
-            "together, so some would have nothing to do. Raise it, or start fewer.",
-            key="train.batch_size",
-        )
+    require_enough_for(config, ranks.world)
     torch.manual_seed(config.train.seed)
     cache = FeatureCache.open(cache_root, integrity=config.data.integrity)
     if resumed is None:
@@ -176,6 +194,20 @@ def prepare(
         model=model,
         metadata=metadata,
     )
+
+
+def require_enough_for(config: RunConfig, num_processes: int) -> None:
+    """Refuse a batch that leaves processes without work.
+
+    Raises:
+        ConfigError: it has fewer expressions than there are processes.
+    """
+    if config.train.batch_size < num_processes:
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size} is the batch of all {num_processes} processes "
+            "together, so some would have nothing to do. Raise it, or start fewer.",
+            key="train.batch_size",
+        )
 
 
 def require_recipe_for(recipe: str, preset: str, cache_root: Path) -> None:

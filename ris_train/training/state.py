@@ -8,7 +8,6 @@ other files and of itself. Plain tensors and JSON; nothing is pickled.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -23,17 +22,23 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load, save
 from torch.optim import AdamW
 
-from ris_cache.errors import CheckpointError, DiskFullError
+from ris_cache.errors import CheckpointError
 from ris_cache.store.files import digest_of, make_directories, sha256_file, sync_directory, write_atomically
-from ris_train.checkpoint import CheckpointMetadata, checkpoint_bytes, load_weights, read_metadata
+from ris_train.checkpoint import (
+    CheckpointMetadata,
+    OtherVersionError,
+    checkpoint_bytes,
+    load_weights,
+    read_metadata,
+)
 from ris_train.model.segmenter import RisModel
 from ris_train.run import RunDirectory
+from ris_train.training.data_digest import DataDigest
 
 MODEL_FILE: Final = "model.safetensors"
 OPTIMISER_FILE: Final = "optimiser.safetensors"
 STATE_FILE: Final = "state.json"
 _NAME = re.compile(r"state-(\d+)")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class BestSoFar(BaseModel):
@@ -54,11 +59,13 @@ class RunState(BaseModel):
         step: optimiser steps taken.
         consumed: samples consumed; the place in the order of samples.
         is_evaluation_due: whether the run was stopped within the evaluation that follows the step.
+        evaluated_step: of the last evaluation that the log and the checkpoints hold; None before the first.
         best: the best evaluation so far, None before the first.
         scaler: state of the fp16 loss scaler, empty in other precisions.
         terms_since_log: values of the steps since the last line of the log.
-        metrics_bytes: size of metrics.jsonl; lines beyond it are of later steps.
+        metrics_bytes: size of metrics.jsonl when the state was written; lines beyond it are of later steps.
         seconds: of training so far, evaluations included.
+        training, validation: expressions trained and scored on; None in states of a ris that kept no record.
         files: SHA-256 of the other files.
     """
 
@@ -69,11 +76,14 @@ class RunState(BaseModel):
     step: int
     consumed: int
     is_evaluation_due: bool = False
+    evaluated_step: int | None = None
     best: BestSoFar | None
     scaler: dict[str, float]
     terms_since_log: list[dict[str, float]]
-    metrics_bytes: int
+    metrics_bytes: int = 0
     seconds: float
+    training: DataDigest | None = None
+    validation: DataDigest | None = None
     files: dict[str, str] = {}
 
 
@@ -100,7 +110,7 @@ def save_state(
     """Write a state and remove all but the latest `keep_last`.
 
     Raises:
-        DiskFullError: no space is left; the earlier states are as they were.
+        OSError: it cannot be written; the earlier states are as they were.
     """
     path = state_path(run, state.step)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -111,18 +121,15 @@ def save_state(
     files = {name: digest_of(content).sha256 for name, content in contents.items()}
     contents[STATE_FILE] = _signed(state.model_copy(update={"files": files}))
     make_directories(run.checkpoints_dir)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
     try:
-        temporary.mkdir(exist_ok=True)
+        temporary.mkdir()
         for name, content in contents.items():
             write_atomically(temporary / name, content)
         # A state of this step is a damaged one that an earlier one was used instead of.
         shutil.rmtree(path, ignore_errors=True)
         temporary.rename(path)
         sync_directory(run.checkpoints_dir)
-    except OSError as error:
-        if error.errno in _FULL:
-            raise _disk_full(run, path, error) from error
-        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in saved_states(run)[keep_last:]:
@@ -134,25 +141,10 @@ def update_state(run: RunDirectory, state: RunState) -> None:
     """Say anew where a run stands whose weights and optimiser are saved and as they were.
 
     Raises:
-        DiskFullError: no space is left; the state is as it was.
+        OSError: it cannot be written; the state is as it was.
     """
     path = state_path(run, state.step) / STATE_FILE
-    content = _signed(state.model_copy(update={"files": _read_signed(path).files}))
-    save_or_say_full(run, path, lambda file: write_atomically(file, content))
-
-
-def save_or_say_full(run: RunDirectory, path: Path, write: Callable[[Path], None]) -> None:
-    """Write a checkpoint beside the states; a full disk is an error of the same words.
-
-    Raises:
-        DiskFullError: no space is left; the file that was there is as it was.
-    """
-    try:
-        write(path)
-    except OSError as error:
-        if error.errno in _FULL:
-            raise _disk_full(run, path, error) from error
-        raise
+    write_atomically(path, _signed(state.model_copy(update={"files": _read_signed(path).files})))
 
 
 def read_state(path: Path) -> tuple[RunState, CheckpointMetadata]:
@@ -160,6 +152,7 @@ def read_state(path: Path) -> tuple[RunState, CheckpointMetadata]:
 
     Raises:
         CheckpointError: a file is missing, torn or changed; it is named.
+        OtherVersionError: it is whole, but another version of ris wrote it.
     """
     state = _read_signed(path / STATE_FILE)
     for name, expected in state.files.items():
@@ -184,11 +177,14 @@ def latest_state(
 
     Raises:
         CheckpointError: there are states, but all are damaged.
+        OtherVersionError: the latest whole one is of another version of ris; it is not passed over.
     """
     paths = saved_states(run)
     for path in paths:
         try:
             return path, *read_state(path)
+        except OtherVersionError:
+            raise
         except CheckpointError as error:
             if path.exists():
                 say(f"{error} Trying the state before it.")
@@ -246,6 +242,7 @@ def _match(path: Path) -> re.Match[str] | None:
 def _remove(path: Path) -> None:
     """Remove a state so that half of one never looks like a whole one."""
     hidden = path.with_name(f".{path.name}.{os.getpid()}.removed.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)  # of a process that was killed and had the same number
     path.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
@@ -267,17 +264,15 @@ def _read_signed(path: Path) -> RunState:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path.parent, f"{path.name} is torn") from error
     except ValidationError as error:
-        raise _damaged(path.parent, f"{path.name} was written by another version of ris") from error
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise OtherVersionError(
+            f"The state {path.parent} was written by another version of ris ({where}: {problem['msg']}). Go "
+            "on with that version, which env.json names in the run; or from another of its states, --resume "
+            f"{path.parent.with_name('state-<step>')}; or train another run with --run.",
+            path=path.parent,
+        ) from error
 
 
 def _damaged(path: Path, why: str) -> CheckpointError:
     return CheckpointError(f"The state {path} is damaged: {why}.", path=path)
-
-
-def _disk_full(run: RunDirectory, path: Path, error: OSError) -> DiskFullError:
-    return DiskFullError(
-        f"No space is left to write {path} ({error.strerror}). What was saved before is whole: make room and "
-        f"go on with `ris train --run {run.path.name} --runs {run.path.parent}`, or keep fewer states "
-        "(train.keep_last).",
-        path=path,
-    )

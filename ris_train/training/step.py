@@ -279,8 +279,7 @@ class StepComputer:
         gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
         self._ranks.add_up(gradients)
         if self.scale.value != 1:
-            for gradient in gradients:
-                gradient.div_(self.scale.value)
+            torch._foreach_div_(gradients, self.scale.value)
         return nn.utils.clip_grad_norm_(self._trained, self._config.train.clip_grad_norm)
 
     def _counts(self, batch: StepBatch) -> list[int]:

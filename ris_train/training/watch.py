@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ris_cache.errors import CheckpointError, NonFiniteError
+from ris_cache.errors import CheckpointError, NonFiniteError, RisError
 from ris_cache.store.cache import FeatureCache
 from ris_cache.store.files import write_atomically
 from ris_train.checkpoint import CheckpointMetadata, build_from_metadata, load_weights, read_metadata
@@ -20,7 +20,7 @@ from ris_train.checkpoint import save_checkpoint as save_weights
 from ris_train.data.samples import Sample
 from ris_train.model.segmenter import RisModel
 from ris_train.optim import freeze_untrained
-from ris_train.ranks import Ranks
+from ris_train.ranks import OtherRankError, Ranks
 from ris_train.run import RunDirectory
 from ris_train.training.randomness import seed_step
 from ris_train.training.setup import builder_of, load_tokenizer, load_usable, masks_of
@@ -111,55 +111,86 @@ def stop_for(
     values: dict[str, float],
     terms: tuple[str, ...],
     scale: float,
-) -> NonFiniteError:
+) -> RisError:
     """Write `nonfinite-<step>.json` and the weights beside it; returns the error to raise.
 
+    The values of a step are the same on all processes, so that all come here: rank 0 writes and speaks. Where
+    no loss was come to, this process may be the only one that knows. It writes and speaks, and the others end
+    as its connections close. Weights, batch and configuration are those of every process.
+
     Args:
-        run: gets the files, from rank 0.
+        run: gets the files.
         model: before its optimiser step.
         batch: in which a number broke.
         metadata: of the weights.
         ranks: the processes.
         cache_root: of the features.
-        values: what was computed.
+        values: what was computed; empty if no loss was come to.
         terms: what of it is not finite.
         scale: of the loss.
+
+    Returns:
+        A NonFiniteError that tells all; OtherRankError where rank 0 tells.
     """
-    samples = tuple(SampleId.of(sample) for sample in batch.samples)
+    is_known_to_all = bool(values)
+    if is_known_to_all and not ranks.is_main:
+        ranks.collect(None)
+        return OtherRankError(0, NonFiniteError.exit_code)
     path = run.path / f"nonfinite-{batch.step}.json"
-    parameters = tuple(
+    record = Reproduction(
+        step=batch.step,
+        seed=metadata.config.train.seed,
+        terms=terms,
+        values=values,
+        parameters=_broken_gradients(model)[:MAX_PARAMETERS],
+        samples=tuple(SampleId.of(sample) for sample in batch.samples),
+        cache=cache_root.resolve(),
+        weights=path.with_suffix(".safetensors").name,
+        world=ranks.world,
+        device=str(ranks.device),
+        scale=scale,
+    )
+    failure = _write(path, record, model, metadata)
+    if is_known_to_all:  # a launcher ends all processes as soon as one has ended; by then all is written
+        ranks.collect(None)
+    return _error(record, path, failure, f"{run.resume_command(cache_root)} --set train.lr=…")
+
+
+def _broken_gradients(model: RisModel) -> tuple[str, ...]:
+    return tuple(
         name
         for name, parameter in model.named_parameters()
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
     )
-    if ranks.is_main:
-        weights = path.with_suffix(".safetensors")
-        save_weights(weights, model, metadata)
-        record = Reproduction(
-            step=batch.step,
-            seed=metadata.config.train.seed,
-            terms=terms,
-            values=values,
-            parameters=parameters[:MAX_PARAMETERS],
-            samples=samples,
-            cache=cache_root.resolve(),
-            weights=weights.name,
-            world=ranks.world,
-            device=str(ranks.device),
-            scale=scale,
-        )
+
+
+def _write(path: Path, record: Reproduction, model: RisModel, metadata: CheckpointMetadata) -> OSError | None:
+    """Write the files; returns why that failed, since the number that broke must be told all the same."""
+    try:
+        save_weights(path.with_name(record.weights), model, metadata)
         write_atomically(path, (record.model_dump_json(indent=1) + "\n").encode())
-    listed = ", ".join(f"{one.table_name} ref {one.ref_id} sent {one.sent_id}" for one in samples)
-    where = f" First in the gradient of {parameters[0]}." if parameters else ""
+    except OSError as error:
+        return error
+    return None
+
+
+def _error(record: Reproduction, path: Path, failure: OSError | None, command: str) -> NonFiniteError:
+    listed = ", ".join(f"{one.table_name} ref {one.ref_id} sent {one.sent_id}" for one in record.samples)
+    where = f" First in the gradient of {record.parameters[0]}." if record.parameters else ""
+    kept = (
+        f"{path} holds the step; ris_train.training.reproduce takes it again."
+        if failure is None
+        else f"{path}, which would hold the step, could not be written: {failure.strerror or failure}."
+    )
     return NonFiniteError(
-        f"Step {batch.step}: {', '.join(terms)} is not finite.{where} Lower train.lr, or look at the "
-        f"samples: {listed}. {path} holds the step; ris_train.training.reproduce takes it again.",
-        step=batch.step,
-        terms=terms,
-        samples=[one.model_dump() for one in samples],
-        sent_ids=[one.sent_id for one in samples],
-        parameters=parameters,
-        path=path,
+        f"Step {record.step}: {', '.join(record.terms)} is not finite.{where} Go on from the last state at a "
+        f"lower rate, `{command}`, or look at the samples: {listed}. {kept}",
+        step=record.step,
+        terms=record.terms,
+        samples=[one.model_dump() for one in record.samples],
+        sent_ids=[one.sent_id for one in record.samples],
+        parameters=record.parameters,
+        path=path if failure is None else None,
     )
 
 

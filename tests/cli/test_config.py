@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ris_train.config import load_config, recipes
+from cli import config as config_command
+from ris_train.config import load_config, recipe_head, recipes
 from ris_train.config.json_schema import json_schema
 
 Ris = Callable[..., Any]
@@ -61,6 +63,22 @@ def test_each_value_is_shown_with_its_origin(
     assert document["settings"]["train.steps"] == {"value": 8, "origin": "RIS_TRAIN__STEPS"}
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_is_shown_can_be_given_back_from_any_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """YAML is read as UTF-8; what the output cannot hold is escaped as YAML has it."""
+    path = tmp_path / "größe.yaml"
+    path.write_text("model: {bert: {weights: 'größe/模型'}}", encoding="utf-8")
+    output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", output)
+    config_command.show(tmp_path / "none", "tiny", path)
+    output.flush()
+    content = output.buffer.getvalue()  # type: ignore[attr-defined]
+    assert yaml.safe_load(content)["model"]["bert"]["weights"] == "größe/模型"
+    assert ("模型".encode() in content) == (encoding == "utf-8")
+
+
 def test_the_recipe_is_the_one_of_the_caches_preset(ris: Ris, tiny_cache: Path, tmp_path: Path) -> None:
     assert shown(ris, "show", "--cache", tiny_cache).startswith("recipe: tiny\n")
     assert shown(ris, "show", "--cache", tmp_path / "none").startswith("recipe: paper\n")
@@ -94,6 +112,9 @@ def test_the_schema_is_printed(ris: Ris) -> None:
 def test_every_recipe_is_listed(ris: Ris) -> None:
     text = shown(ris, "recipes")
     assert [name for name in recipes() if name not in text] == []
+    lines = [line.strip() for line in text.splitlines()]
+    assert [recipe_head(name).command for name in recipes() if recipe_head(name).command not in lines] == []
+    assert "ris train --cache ./feats --recipe tiny-gres --random-weights" in lines
     documents = json.loads(shown(ris, "recipes", "--json"))
     assert [document["name"] for document in documents] == list(recipes())
     assert documents[0]["extends"] == "paper-refcoco"

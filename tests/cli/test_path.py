@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -31,6 +32,7 @@ def test_train_leaves_a_complete_run_directory(tiny_runs):
 def test_eval_prints_what_its_numbers_mean(ris, tiny_cache, tiny_runs):
     result = ris("eval", "--cache", tiny_cache, "--runs", tiny_runs, "--device", "cpu")
     assert result.exit_code == 0, result.output
+    assert re.search(r"run first, checkpoint best of step [36]\b", result.stdout)
     for word in ("grid: original", "rules: ris", "category source: none", "logit > 0", "random(seed=0)"):
         assert word in " ".join(result.stdout.split())
 
@@ -45,7 +47,10 @@ def test_eval_json_scores_every_split_but_train_with_its_sample_count(ris, tiny_
         if split != "train"
     }
     assert all(0 <= row["oIoU"] <= 1 for row in document["results"])
-    assert (tiny_runs / "first" / "eval" / "scores-best-none.json").is_file()
+    kept = json.loads((tiny_runs / "first" / "eval" / "scores-best-none.json").read_text())
+    named = {"run": "first", "checkpoint": "best", "step": kept["step"]}
+    assert {key: document[key] for key in named} == named
+    assert document["checkpoint_sha256"] == kept["checkpoint_sha256"]
 
 
 def test_eval_does_not_depend_on_the_batch_size(ris, tiny_cache, tiny_runs):

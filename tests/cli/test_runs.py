@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+from ris_train.run import RunDirectory
+from ris_train.run_details import checkpoint_digest
+
 
 @pytest.fixture(scope="module")
 def runs(tiny_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -73,6 +76,38 @@ def test_a_damaged_run_is_shown_as_far_as_it_is_readable(ris: Callable[..., Any]
     assert document["metrics"]
     (last,) = [one for one in document["checkpoints"] if one["name"] == "last"]
     assert "damaged" in last["problem"]
+
+
+def test_a_run_that_was_not_evaluated_says_how_on_a_line_to_copy(ris: Callable[..., Any], runs: Path) -> None:
+    lines = ris("runs", "show", "broken", "--runs", runs).stdout.splitlines()
+    assert f"Not evaluated yet: ris eval --run {runs / 'broken'}" in lines
+
+
+def test_scores_of_an_earlier_checkpoint_are_marked_and_not_exported(
+    ris: Callable[..., Any], runs: Path, tmp_path: Path
+) -> None:
+    """A run that goes on from an earlier state may write another best checkpoint of the same step."""
+    shutil.copytree(runs / "first", tmp_path / "first")
+    run = RunDirectory(tmp_path / "first")
+    scores = {"grid": "original", "threshold": 0.5, "num_samples": 7}
+    for name, digest, value in (("now", checkpoint_digest(run, "best"), 0.125), ("before", "0" * 64, 0.875)):
+        result = {
+            "split": "refcoco.unc:testA", "rules": "ris", "category_source": "none", "expressions": "own",
+            "scores": {"ris": {**scores, "oIoU": value}},
+        }  # fmt: skip
+        facts = {"checkpoint": "best", "step": 3, "checkpoint_sha256": digest}
+        run.write_evaluation(name, {**facts, "results": [result]})
+    output = ris("runs", "show", "first", "--runs", tmp_path).stdout
+    assert "* before: of an earlier checkpoint best" in output
+    assert "* now" not in output
+    document = json.loads(ris("runs", "show", "first", "--runs", tmp_path, "--json").stdout)
+    stale = {one["name"]: one["stale"] for one in document["evaluations"]}
+    assert stale == {"before": "of an earlier checkpoint best", "now": ""}
+    exported = ris("runs", "export", "first", "--runs", tmp_path, "--out", tmp_path / "model")
+    assert exported.exit_code == 0, exported.output
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "12.50" in card
+    assert "87.50" not in card
 
 
 def test_an_unknown_run_and_an_empty_place_are_said_so(

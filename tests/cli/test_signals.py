@@ -19,6 +19,7 @@ import torch
 
 from cli.extract import load_encoders
 from cli.signals import SIGNALS, StopRequest
+from cli.train import _request as training_request
 from ris_cache.datasets import parse_selections
 from ris_cache.datasets.shapes import write_shapes_dataset
 from ris_cache.extraction.run import Layout, extract, make_recipe
@@ -31,7 +32,7 @@ BEGUN_SECONDS = 0.15  # the whole shard takes 0.8 and more
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_first_signal_is_a_request_and_the_second_one_interrupts(number, code, capsys):
+def test_the_first_signal_is_a_request_and_the_second_one_interrupts(number, code, capfd):
     with StopRequest("after this page") as stop:
         assert not stop()
         os.kill(os.getpid(), number)
@@ -40,9 +41,45 @@ def test_the_first_signal_is_a_request_and_the_second_one_interrupts(number, cod
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
-    captured = capsys.readouterr()
+    captured = capfd.readouterr()
     assert captured.err == "stopping after this page; once more to stop at once\n"
     assert captured.out == ""
+
+
+USR1, TERM, INT = signal.SIGUSR1, signal.SIGTERM, signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("numbers", "code", "said"),
+    [
+        ((USR1, TERM, USR1, TERM), 138, [""]),
+        ((TERM, TERM), 143, [""]),
+        ((TERM, INT), 143, ["", "; once more to stop at once"]),
+        ((INT, TERM), 130, ["; once more to stop at once"]),
+    ],
+)
+def test_training_is_interrupted_by_no_other_signal_than_a_second_ctrl_c(numbers, code, said, capfd):
+    """A scheduler that warns with SIGUSR1 and follows by SIGTERM would lose the state that is being saved."""
+    with training_request(is_one_of_several=False) as stop:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            assert stop.exit_code == code
+        if INT in numbers:
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), INT)
+
+    assert capfd.readouterr().err.splitlines() == [f"stopping after this step or batch{end}" for end in said]
+
+
+def test_several_processes_that_train_are_interrupted_by_none_and_the_first_one_speaks(capfd, monkeypatch):
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        with training_request(is_one_of_several=True) as stop:
+            for number in (INT, INT, TERM, USR1):
+                os.kill(os.getpid(), number)
+        assert stop.exit_code == 130
+        said = "stopping all processes after this step or batch\n" if rank == "0" else ""
+        assert capfd.readouterr().err == said
 
 
 def test_what_signals_did_before_they_do_again():

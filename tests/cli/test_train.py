@@ -62,6 +62,8 @@ def end_at(arguments: list[str], run: Path, step: int, delay: float, number: int
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
     time.sleep(delay)
+    if number == signal.SIGTERM:
+        process.stderr.close()  # as of a `tee` that the same Ctrl-C has ended
     process.send_signal(number)
     process.communicate()
     assert summarise(RunDirectory(run)).state == "stopped"
@@ -113,7 +115,10 @@ def test_a_run_killed_at_random_ends_like_one_that_was_not(tiny_cache, tmp_path,
 
 
 def test_a_signal_saves_the_state_at_that_step_and_the_same_command_goes_on(tiny_cache, tmp_path, ris):
-    """Each signal at a random step, and a second command on the run while the first one trains it."""
+    """Each signal at a random step, SIGUSR1 with a scheduler's SIGTERM behind it.
+
+    A second command is given on the run while the first one trains it.
+    """
     chance = random.Random(7)
     arguments = command(tiny_cache, tmp_path, "stopped", "--max-steps", 100_000)
     run, stopped_at = tmp_path / "stopped", -1
@@ -130,6 +135,8 @@ def test_a_signal_saves_the_state_at_that_step_and_the_same_command_goes_on(tiny
             assert ris(*arguments[3:], "--dry-run").exit_code == 0
         time.sleep(chance.uniform(0, 0.3))
         process.send_signal(number)
+        if number == signal.SIGUSR1:
+            process.send_signal(signal.SIGTERM)
         output, errors = process.communicate()
         assert (process.returncode, output) == (code, ""), errors
         stopped_at = last_step(run)
@@ -165,9 +172,11 @@ def test_a_run_goes_on_by_its_path_with_its_own_configuration(ris, tiny_cache, u
     """No settings are repeated; what is set on top may only be what may change."""
     base = ("train", "--cache", tiny_cache, "--device", "cpu", "--resume", uninterrupted)
     assert "is finished" in ris(*base).stderr
-    refused = ris(*base, "--set", "train.lr=3")
+    refused = ris(*base, "--set", "train.weight_decay=3")
     assert refused.exit_code == 2
-    assert "train.lr was 0.001, is 3.0" in refused.stderr
+    assert "train.weight_decay was 0.01, is 3.0" in refused.stderr
+    planned = ris(*base, "--set", "train.lr=3", "--max-steps", STEPS + 1, "--dry-run")
+    assert f"train.lr was 0.001, is 3.0 from step {STEPS + 1} on" in planned.stderr
 
 
 def test_a_dry_run_writes_nothing_and_says_what_trains(ris, tiny_cache, tmp_path):

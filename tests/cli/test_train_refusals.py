@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from cli import train as train_command
 from cli.options import choose_device
 from ris_cache.errors import ConfigError
+from ris_train import tracking
 from ris_train.training.setup import require_recipe_for
 
 Ris = Callable[..., Any]
@@ -76,6 +78,39 @@ def test_a_dry_run_plans_a_run_that_is_there_as_it_is(ris: Ris, tiny_cache: Path
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
     assert (plan["steps"], plan["steps_taken"], plan["batch_size"]) == (8, 6, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "processes", "message"),
+    [
+        (("--run", "first", "--resume", "never"), 1, "holds a run already"),
+        (("--run", "new", "--set", "train.trackers=[wandb]"), 1, "train.trackers"),
+        (("--run", "new", "--set", "train.batch_size=2"), 3, "is the batch of all 3 processes together"),
+    ],
+    ids=["never", "tracker", "batch"],
+)
+def test_a_dry_run_refuses_what_training_would(
+    ris: Ris,
+    tiny_cache: Path,
+    tiny_runs: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    processes: int,
+    message: str,
+) -> None:
+    def not_installed(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(tracking, "version", not_installed)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setenv("RANK", "0")
+    result = ris(
+        "train", "--cache", tiny_cache, "--runs", tiny_runs, "--random-weights", "--device", "cpu", "--dry-run",
+        *options,
+    )  # fmt: skip
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert not (tiny_runs / "new").exists()
 
 
 def test_the_tables_name_what_was_trained_and_validated_on(
@@ -163,3 +198,39 @@ def test_what_fails_in_all_processes_is_told_by_the_first(
     monkeypatch.setattr(time, "sleep", waited.append)
     alone = ris(*command)
     assert (alone.exit_code, alone.stderr, len(waited)) == (first.exit_code, first.stderr, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "variable", "override", "expected"),
+    [
+        (None, None, None, "refcocog/umd:val"),
+        (None, None, "data.val=refcoco:testA", "refcoco:testA"),
+        (None, None, "data={val: refcoco:testA}", "refcoco:testA"),
+        (None, "refcoco:testA", None, "refcoco:testA"),
+        ("data: {val: refcoco:testA}", None, None, "refcoco:testA"),
+        ("data: {text: sent}", None, None, "refcocog/umd:val"),
+    ],
+    ids=["recipe", "set", "set-section", "variable", "file", "other-file"],
+)
+def test_split_leaves_the_validation_split_that_was_chosen_however_it_was(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: str | None,
+    variable: str | None,
+    override: str | None,
+    expected: str,
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("RIS_DATA__VAL", variable)
+    path = tmp_path / "mine.yaml"
+    path.write_text(config or "")
+    found = train_command._resolve(
+        tmp_path, "tiny", path if config else None, [override] if override else [], "refcocog", None
+    )
+    assert (found.data.train, found.data.val) == ("refcocog/umd:train", expected)
+
+
+def test_split_moves_the_validation_split_of_a_run_that_goes_on(tmp_path: Path, tiny_runs: Path) -> None:
+    """Its own configuration says where it was, not where it is to be."""
+    found = train_command._resolve(tmp_path, None, None, [], "refcocog", tiny_runs / "first")
+    assert found.data.val == "refcocog/umd:val"

@@ -24,6 +24,7 @@ from ris_train.checkpoint import (
     read_metadata,
     require_same_cache,
     save_checkpoint,
+    tensors_digest,
 )
 from ris_train.config import BertConfig, ModelConfig, RunConfig, TrainConfig
 from ris_train.model.bert import random_bert
@@ -166,6 +167,35 @@ def test_a_checkpoint_cut_short_is_called_damaged(saved: Path, keep: int) -> Non
     with pytest.raises(CheckpointError, match=r"is damaged \(.+\)\. Use another one") as caught:
         load_checkpoint(saved, device=torch.device("cpu"))
     assert str(saved) in str(caught.value)
+
+
+def test_weights_that_are_not_those_written_are_found_and_the_file_is_named(
+    model: RisModel, saved: Path, tmp_path: Path
+) -> None:
+    """One bit of one tensor, which leaves the file readable."""
+    load_weights(build(seed=1), saved)
+    content = bytearray(saved.read_bytes())
+    content[-1] ^= 1
+    saved.write_bytes(content)
+    assert read_metadata(saved).step == 12
+    with pytest.raises(CheckpointError, match="is damaged: its weights are not those that were") as caught:
+        load_checkpoint(saved, device=torch.device("cpu"))
+    assert str(saved) in str(caught.value)
+    tensors = {"b": torch.zeros(2), "a": torch.tensor(1)}
+    digests = {
+        tensors_digest(tensors), tensors_digest(tensors | {"a": torch.tensor(2)}),
+        tensors_digest(tensors | {"b": torch.zeros(2, 1)}), tensors_digest(tensors | {"c": torch.zeros(0)}),
+    }  # fmt: skip
+    assert len(digests) == 4, "values, shapes and names count"
+    assert tensors_digest(dict(reversed(tensors.items()))) in digests, "their order does not"
+
+
+def test_a_checkpoint_without_a_digest_is_taken_as_it_is(model: RisModel, tmp_path: Path) -> None:
+    """As an earlier ris wrote them."""
+    path = tmp_path / "best.safetensors"
+    save_file(model.state_dict(), path, metadata={METADATA_KEY: describe(model).model_dump_json()})
+    loaded, _ = load_checkpoint(path, device=torch.device("cpu"))
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_torch_file_under_the_name_of_a_checkpoint_is_refused(model: RisModel, tmp_path: Path) -> None:

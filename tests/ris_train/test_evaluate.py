@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +25,6 @@ from ris_train.data.batch import BatchBuilder
 from ris_train.data.samples import Sample, load_samples, shuffle_expressions
 from ris_train.data.text import Tokenizer
 from ris_train.evaluate import (
-    EvaluationResult,
     GroundTruth,
     KeepMask,
     _unpack_by_shifts,
@@ -35,7 +36,7 @@ from ris_train.model.segmenter import ModelInputs, ModelOutputs, RisModel
 from ris_train.run import RunDirectory
 from ris_train.scoring import RULES, VIEWS, Counts, rules_named, truth_mask
 from ris_train.scoring.predictions import mask_name
-from ris_train.scoring.results import score_split
+from ris_train.scoring.results import RunEvaluation, score_split
 from ris_train.scoring.samples import SampleTable
 from ris_train.sharding import gather, image_batches, shard
 
@@ -436,7 +437,7 @@ def evaluate(
     *,
     category_source: str | None = None,
     shuffle_seed: int | None = None,
-) -> tuple[list[EvaluationResult], dict[str, str]]:
+) -> RunEvaluation:
     return evaluate_run(
         trained.cache.root,
         trained.run,
@@ -450,19 +451,24 @@ def evaluate(
 
 
 def test_an_evaluation_scores_the_model_and_is_kept_beside_the_run(trained: Trained) -> None:
-    ((result,), labels) = evaluate(trained)
+    found = evaluate(trained)
+    (result,) = found.results
     truth = GroundTruth.from_cache(trained.cache, [TABLE])
     counts = count_one(trained, trained.samples, truth, batch_size=8)
     assert result.scores == {"ris": score(counts)}
     assert (result.split, result.rules, result.category_source) == (f"{TABLE}:val", "ris", "none")
-    assert labels == trained.metadata.weight_labels
+    assert found.weight_labels == trained.metadata.weight_labels
+    assert (found.run, found.checkpoint, found.step) == ("first", "best", trained.metadata.step)
+    content = trained.run.checkpoint_path("best").read_bytes()
+    assert found.checkpoint_sha256 == hashlib.sha256(content).hexdigest()
     kept = json.loads((trained.run.path / "eval" / "scores-best-none-refcoco.unc.val.json").read_text())
     assert kept["results"] == [result.as_dict()]
     assert (kept["fingerprint"], kept["step"]) == (trained.metadata.fingerprint, trained.metadata.step)
+    assert kept["checkpoint_sha256"] == found.checkpoint_sha256
 
 
 def test_the_samples_of_an_evaluation_are_kept_with_what_they_mean(trained: Trained) -> None:
-    evaluate(trained, "refcoco:val,refcoco:testA")
+    found = evaluate(trained, "refcoco:val,refcoco:testA")
     name = "scores-best-none-refcoco.unc.val+refcoco.unc.testA"
     table = SampleTable.read(trained.run.path / "eval" / f"{name}.parquet")
     kept = json.loads((trained.run.path / "eval" / f"{name}.json").read_text())
@@ -474,13 +480,31 @@ def test_the_samples_of_an_evaluation_are_kept_with_what_they_mean(trained: Trai
         assert len(of_split) == result["num_samples"]
     expected = {
         "method": "first", "source": "run", "checkpoint": "best", "category_source": "none", "text": "sent",
+        "checkpoint_sha256": found.checkpoint_sha256,
         "expressions": "own", "fingerprint": trained.metadata.fingerprint, "weights": trained.metadata.weight_labels,
     }  # fmt: skip
     assert {key: table.metadata[key] for key in expected} == expected
 
 
+def test_a_checkpoint_that_training_writes_anew_while_it_is_evaluated_is_not_scored(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = RunDirectory(tmp_path)
+    path = other.checkpoint_path("best")
+    save_checkpoint(path, trained.model, trained.metadata)
+
+    def load_while_training_goes_on(path: Path, *, device: torch.device) -> Any:
+        save_checkpoint(path, trained.model, trained.metadata.model_copy(update={"step": 99}))
+        return load_checkpoint(path, device=device)
+
+    monkeypatch.setattr("ris_train.evaluation_run.load_checkpoint", load_while_training_goes_on)
+    with pytest.raises(CheckpointError, match=r"was written anew while it was read. Evaluate again"):
+        evaluate(replace(trained, run=other))
+    assert not (tmp_path / "eval").exists()
+
+
 def test_a_sample_of_two_selections_is_predicted_once(trained: Trained) -> None:
-    results, _ = evaluate(trained, "refcoco:test,refcoco:testA,refcoco:testB")
+    results = evaluate(trained, "refcoco:test,refcoco:testA,refcoco:testB").results
     whole, *parts = results
     assert whole.num_samples == sum(part.num_samples for part in parts)
     (path,) = (trained.run.path / "eval").glob("*unc.test+*.parquet")
@@ -488,18 +512,18 @@ def test_a_sample_of_two_selections_is_predicted_once(trained: Trained) -> None:
 
 
 def test_all_rule_sets_come_from_one_pass(trained: Trained) -> None:
-    ((alone,), _) = evaluate(trained)
-    results, _ = evaluate_run(
+    (alone,) = evaluate(trained).results
+    results = evaluate_run(
         trained.cache.root, trained.run, checkpoint="best", selections=parse_selections("refcoco:val"),
         category_source=None, shuffle_seed=None, batch_size=8, device=CPU, rules="all",
-    )  # fmt: skip
+    ).results  # fmt: skip
     assert list(results[0].scores) == list(RULES)
     assert results[0].rules == "ris"
     assert results[0].scores["ris"] == alone.scores["ris"]
 
 
 def test_a_shuffled_evaluation_scores_the_shuffled_expressions(trained: Trained) -> None:
-    ((result,), _) = evaluate(trained, shuffle_seed=5)
+    (result,) = evaluate(trained, shuffle_seed=5).results
     truth = GroundTruth.from_cache(trained.cache, [TABLE])
     shuffled = shuffle_expressions(trained.samples, seed=5)
     counts = count_one(trained, shuffled, truth, batch_size=8)
@@ -519,7 +543,7 @@ def test_a_shuffled_evaluation_scores_the_shuffled_expressions(trained: Trained)
 def test_a_dataset_without_a_split_is_scored_split_by_split_without_train(
     trained: Trained, selection: str | None, splits: list[str]
 ) -> None:
-    results, _ = evaluate(trained, selection)
+    results = evaluate(trained, selection).results
     assert [result.split for result in results] == [f"{TABLE}:{split}" for split in splits]
 
 

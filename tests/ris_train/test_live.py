@@ -143,6 +143,17 @@ def test_a_batch_of_nothing_is_refused(segmenter: Segmenter, image_path: Path) -
         segmenter(image_path, "the circle", batch_size=0)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"), [(" ", "The expression is empty"), ("\udcff", r"no valid text: '\\udcff'")]
+)
+def test_an_expression_that_is_none_is_refused_in_the_words_of_the_call(
+    segmenter: Segmenter, image_path: Path, text: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        segmenter(image_path, ["the circle", text])
+    assert "--text" not in str(caught.value)
+
+
 def test_the_expression_decides(reads_category: Segmenter, image_path: Path) -> None:
     """Other words, another mask: the text reaches the model."""
     first, second = reads_category(image_path, TEXTS[:2], category="star")
@@ -187,7 +198,7 @@ def test_an_unknown_category_lists_those_the_model_knows(reads_category: Segment
 
 
 def test_a_category_for_a_model_that_reads_none_is_refused(segmenter: Segmenter, image_path: Path) -> None:
-    with pytest.raises(ConfigError, match="leave --category out"):
+    with pytest.raises(ConfigError, match="leave category 'star' out"):
         segmenter(image_path, "the star", category="star")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,41 @@ def test_what_is_saved_is_the_mask_as_0_and_255_and_the_overlay(tmp_path: Path) 
     assert np.array_equal(np.asarray(Image.open(overlay_path)), prediction.overlay())
 
 
+def test_a_full_disk_leaves_the_earlier_file_and_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = np.zeros((2, 3, 3), dtype=np.uint8)
+    mask = np.ones((2, 3), dtype=bool)
+    earlier = Prediction(image=image, mask=mask, category=None, category_source="none")
+    mask_path, overlay_path = save_prediction(earlier, tmp_path, "street")
+    before = mask_path.read_bytes(), overlay_path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    later = Prediction(image=image, mask=~mask, category=None, category_source="none")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        save_prediction(later, tmp_path, "street")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(mask_path))
+    assert (mask_path.read_bytes(), overlay_path.read_bytes()) == before
+    assert sorted(tmp_path.iterdir()) == [mask_path, overlay_path]
+
+
+def test_a_file_in_place_of_the_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    prediction = Prediction(
+        image=np.zeros((1, 1, 3), dtype=np.uint8),
+        mask=np.ones((1, 1), dtype=bool),
+        category=None,
+        category_source="none",
+    )
+    with pytest.raises(OSError, match="out") as caught:
+        save_prediction(prediction, tmp_path / "out", "street")
+    assert caught.value.filename is not None
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_the_command_writes_one_pair_of_files_for_one_expression(
     ris: Callable[..., Any], tiny_runs: Path, image_path: Path, tmp_path: Path, segmenter: Segmenter
 ) -> None:
@@ -117,6 +154,8 @@ def test_the_command_writes_one_pair_of_files_for_one_expression(
     assert np.array_equal(np.asarray(Image.open(document["mask"])) == 255, found.mask)
     assert document["share"] == pytest.approx(found.mask.mean())
     assert document["weights"]["sam"] == "random(seed=0)"
+    assert document["run"] == str(tiny_runs / "first")
+    assert (document["checkpoint"], document["step"]) == ("best", segmenter.model.metadata.step)
 
 
 def test_the_command_numbers_the_files_of_several_expressions(
@@ -137,6 +176,11 @@ def test_the_command_numbers_the_files_of_several_expressions(
     table = ris("predict", *options, "--runs", tiny_runs, "--run", "first", "--device", "cpu")
     assert table.exit_code == 0, table.output
     assert all(text in table.stdout for text in texts)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.stdout.splitlines()]
+    assert [row for row in rows if row[:1] in (["checkpoint"], ["step"])] == [
+        ["checkpoint", "best"],
+        ["step", str(segmenter.model.metadata.step)],
+    ]
 
 
 def test_the_command_refuses_a_blank_expression_among_others(ris: Callable[..., Any]) -> None:

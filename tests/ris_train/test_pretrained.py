@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import functools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -114,12 +115,13 @@ def test_the_record_names_training_data_and_scores_of_this_very_checkpoint(run: 
 
 
 def test_evaluations_of_another_checkpoint_are_left_out(run: RunDirectory, tmp_path: Path) -> None:
-    """`last` was not evaluated; and an evaluation of `best` is of the best of its time."""
+    """`last` was not evaluated; and an evaluation of `best` is of the best of its time, whatever its step."""
     last = RISModel.from_run(run, "last")
     assert {score.measured for score in last.record.scores} == {"training"}
     copy = RunDirectory(Path(shutil.copytree(run.path, tmp_path / "copy")))
     (path,) = (copy.path / "eval").glob("*.json")
-    path.write_text(path.read_text().replace('"step": ', '"step": 1'))
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"checkpoint_sha256": "0" * 64}))
     assert {score.measured for score in RISModel.from_run(copy).record.scores} == {"training"}
 
 
@@ -194,6 +196,24 @@ def test_scores_that_are_undefined_are_dashes_and_bars_do_not_break_a_table(expo
     assert "| `custom.a\\|b:val` |" in card
     assert card.count("| – |") == 1
     assert "| `a b` | 1 | 1 |" in card
+
+
+def test_the_card_of_a_run_that_overfits_does_not_claim_the_whole_training_set(exported: Path) -> None:
+    record = RISModel.from_pretrained(exported).record
+    total = sum(part.expressions for part in record.trained_on)
+
+    def card(overfit: int | None) -> str:
+        config = record.checkpoint.config
+        train = config.train.model_copy(update={"overfit": overfit})
+        changed = record.checkpoint.model_copy(update={"config": config.model_copy(update={"train": train})})
+        return render_card(record.model_copy(update={"checkpoint": changed}), licence="unknown")
+
+    whole = card(None)
+    assert "the first" not in whole
+    assert "is on the expressions by which the run's best checkpoint was chosen" in whole
+    assert "Only the first 8 expressions of the training set were used" in card(8)
+    assert "is on the expressions that it was trained on" in card(8)
+    assert "Only the first" not in card(total), "there are no more than these"
 
 
 def test_a_score_over_nothing_survives_the_record(exported: Path) -> None:
@@ -291,11 +311,25 @@ def test_an_export_is_there_whole_or_not_at_all(
         patch.setattr(ris_train.pretrained, "render_card", full)
         with pytest.raises(OSError, match="No space left"):
             export(run, "best", out)
-    assert list(out.parent.iterdir()) == []
-    out.mkdir()
+        assert list(out.parent.iterdir()) == []
+        out.mkdir()
+        with pytest.raises(OSError, match="No space left"):
+            export(run, "best", out)
+        assert list(out.rglob("*")) == []
     assert export(run, "best", out) == out
     assert [path.name for path in out.parent.iterdir()] == ["first"]
     assert RISModel.from_pretrained(out).record.name == "first"
+
+
+def test_the_working_directory_can_be_exported_into_and_stays_where_it_is(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replaced by another directory of its name, it would be gone under the shell that is in it."""
+    monkeypatch.chdir(tmp_path)
+    before = tmp_path.stat().st_ino
+    assert export(RunDirectory(run.path.resolve()), "best", Path()) == Path()
+    assert tmp_path.stat().st_ino == Path().stat().st_ino == before
+    assert RISModel.from_pretrained(Path()).record.name == "first"
 
 
 @pytest.mark.parametrize("what", ["a file in it", "a file of its name"])
@@ -314,6 +348,29 @@ def test_a_model_is_never_written_over_something_else(exported: Path, tmp_path: 
     with pytest.raises(CheckpointError, match="does not describe a model"):
         RISModel.from_pretrained(exported).save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("name", ["README.md", "model.safetensors", "tokenizer/vocab.txt"])
+def test_without_a_model_in_a_folder_no_file_of_it_is_written_over(
+    exported: Path, tmp_path: Path, name: str
+) -> None:
+    """As `save_pretrained(".")` would in a project."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=f"belong to no model of ris: {re.escape(name)}"):
+        RISModel.from_pretrained(exported).save_pretrained(tmp_path)
+    assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["mine"]
+
+
+def test_a_file_beside_the_tokenizer_of_a_model_is_told_of_before_anything_is_written(
+    exported: Path, folder: Path
+) -> None:
+    """It would be read with the new model, which no one could load then."""
+    (folder / "tokenizer" / "mine.json").write_text("{}")
+    (folder / "README.md").write_text("as it was")
+    with pytest.raises(ConfigError, match=r"tokenizer/mine\.json"):
+        RISModel.from_pretrained(exported).save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "as it was"
 
 
 def test_writing_over_a_model_leaves_none_of_its_files(exported: Path, folder: Path) -> None:
@@ -346,7 +403,13 @@ def test_a_hub_name_is_fetched_by_revision_and_nothing_but_the_model(
     assert model.record.name == "first"
     ((repo_id, settings),) = asked
     assert (repo_id, settings["revision"]) == ("someone/ris-tiny", "v1")
-    assert settings["allow_patterns"] == ["config.json", "model.safetensors", "README.md", "tokenizer/*"]
+    assert settings["allow_patterns"] == [
+        "config.json",
+        "model.safetensors",
+        "README.md",
+        "tokenizer/*.json",
+        "tokenizer/vocab.txt",
+    ]
     assert {name: value for name, value in settings.items() if value} == {
         "revision": "v1",
         "allow_patterns": settings["allow_patterns"],

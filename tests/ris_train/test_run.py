@@ -6,28 +6,30 @@ import errno
 import json
 import os
 import re
+import shlex
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 import yaml
 
-import ris_train.run
 from ris_cache.errors import CheckpointError, ConfigError
 from ris_cache.store.locks import FileLock
 from ris_train.config import load_config, parse_config
-from ris_train.run import RunDirectory, find_run, new_run_path
+from ris_train.run import RunDirectory, find_run, free_run, new_run_path
+from ris_train.run_listing import list_runs
 
 CONFIG = load_config(recipe="tiny")
 
 
-def make_run(path: Path, *, modified: int | None = None) -> RunDirectory:
-    """Create a run; `modified` sets the time, in seconds, at which its configuration was written."""
+def make_run(path: Path, *, started: str | None = None) -> RunDirectory:
+    """Create a run, which says that it was started at a time."""
     run = RunDirectory.create(path, CONFIG, facts={"device": "cpu"})
-    if modified is not None:
-        os.utime(run.config_path, (modified, modified))
+    if started is not None:
+        run.facts_path.write_text(json.dumps({"started": started}))
     return run
 
 
@@ -54,16 +56,19 @@ def test_a_run_is_never_written_over(tmp_path: Path) -> None:
 
 
 def test_without_a_name_the_latest_run_is_meant(tmp_path: Path) -> None:
-    make_run(tmp_path / "b-old", modified=1_000)
-    latest = make_run(tmp_path / "a-new", modified=3_000)
-    make_run(tmp_path / "c-older", modified=2_000)
+    old = make_run(tmp_path / "b-old", started="2026-01-01T00:00:00+00:00")
+    latest = make_run(tmp_path / "a-new", started="2026-01-03T00:00:00+00:00")
+    make_run(tmp_path / "c-older", started="2026-01-02T00:00:00+00:00")
+    make_run(tmp_path / "d-latest-too", started="2026-01-03T00:00:00+00:00")
     (tmp_path / "not-a-run").mkdir()
+    old.write_config(CONFIG)  # as a run does that goes on
     assert find_run(tmp_path, None) == latest
+    assert list_runs(tmp_path)[0].path == latest.path, "one order for both"
 
 
 def test_a_run_is_found_by_its_name_or_its_path(tmp_path: Path) -> None:
-    first = make_run(tmp_path / "first", modified=1_000)
-    make_run(tmp_path / "second", modified=2_000)
+    first = make_run(tmp_path / "first", started="2026-01-01T00:00:00+00:00")
+    make_run(tmp_path / "second", started="2026-01-02T00:00:00+00:00")
     assert find_run(tmp_path, "first") == first
     assert find_run(tmp_path / "elsewhere", str(first.path)) == first
 
@@ -110,6 +115,38 @@ def test_an_evaluation_is_kept_as_json_and_replaced_by_a_later_one(tmp_path: Pat
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_new_run_that_nobody_named_takes_the_next_free_name(tmp_path: Path) -> None:
+    """Begun in the same second by several, each gets its own."""
+    path = tmp_path / "runs" / "tiny-20260101-120000"
+    with ThreadPoolExecutor(4) as pool:
+        found = sorted(pool.map(free_run, [path] * 4))
+    assert [one.name.removeprefix(path.name) for one in found] == ["", "-2", "-3", "-4"]
+    assert all(one.is_dir() for one in found)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file, so no run can be at"):
+        free_run(tmp_path / "file" / "a")
+
+
+def test_the_command_that_goes_on_can_be_given_to_a_shell(tmp_path: Path) -> None:
+    command = RunDirectory(tmp_path / "my runs" / "a").resume_command(Path("feats"))
+    assert shlex.split(command) == [
+        "ris", "train", "--cache", "feats", "--run", "a", "--runs", str(tmp_path / "my runs"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"resumed": 3}'])
+def test_a_run_goes_on_whatever_became_of_its_environment(tmp_path: Path, content: str | None) -> None:
+    run = make_run(tmp_path / "a")
+    run.facts_path.unlink()
+    if content is not None:
+        run.facts_path.write_text(content)
+    for step in (1, 2):
+        run.add_resumption({"step": step}, begun={"device": "cpu"})
+    facts = json.loads(run.facts_path.read_text())
+    assert [one["step"] for one in facts["resumed"]] == [1, 2]
+    assert facts.get("device", "cpu") == "cpu"
+
+
 def test_a_new_run_is_named_after_its_recipe_and_the_time(tmp_path: Path) -> None:
     path = new_run_path(tmp_path, "tiny")
     assert path.parent == tmp_path
@@ -152,7 +189,7 @@ def test_a_damaged_configuration_is_named_with_what_to_do(tmp_path: Path, conten
 
 
 def test_a_run_is_held_by_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ris_train.run, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr("ris_train.run_lock.LOCK_SECONDS", 0.05)
     run = RunDirectory(tmp_path / "runs" / "a")
     with (
         run.held(),

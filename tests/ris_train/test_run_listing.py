@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,11 @@ from hypothesis import strategies as st
 from ris_cache.errors import CheckpointError
 from ris_cache.store.files import LOCK_NAME
 from ris_cache.store.locks import FileLock
+from ris_train.checkpoint import read_metadata
 from ris_train.config import load_config
-from ris_train.run import RunDirectory
-from ris_train.run_details import checkpoint_files, config_differences, evaluation_files
+from ris_train.run import RunDirectory, find_run
+from ris_train.run_details import checkpoint_digest, checkpoint_files, config_differences, evaluation_files
+from ris_train.run_facts import reported_scores
 from ris_train.run_listing import best_score, find_any_run, is_training, list_runs, summarise
 
 CONFIG = load_config(recipe="tiny", overrides=["train.steps=100", "train.eval_every=50"])
@@ -122,6 +127,14 @@ def test_the_best_score_is_the_first_of_the_greatest(values: list[float | None])
         assert best.step == len(values), "without any score the latest is kept, as training keeps it"
 
 
+@pytest.mark.parametrize("value", [10**400, "0.5", [0.5], {}, True, -1, 2, float("inf")])
+def test_what_can_be_no_score_is_none(value: object) -> None:
+    best = best_score([{**evaluation(1, 0.25), "mIoU": value}])
+    assert best is not None
+    assert best.value == 0.25
+    assert math.isnan(best.values["mIoU"])
+
+
 def test_scores_by_unknown_rules_are_passed_over() -> None:
     assert best_score([evaluation(1, 0.5, rules="of tomorrow"), {"step": 2, "rules": 3}]) is None
 
@@ -138,8 +151,28 @@ DAMAGES: dict[str, tuple[Callable[[RunDirectory], object], str]] = {
     "no configuration": (lambda run: run.config_path.unlink(), "config.yaml is missing"),
     "not YAML": (lambda run: run.config_path.write_text("a: [b"), "config.yaml"),
     "not text": (lambda run: run.config_path.write_bytes(b"\xff\xfe\x00"), "config.yaml"),
-    "a list": (lambda run: run.config_path.write_text("- a"), "holds list where keys and values belong"),
-    "an empty file": (lambda run: run.config_path.write_text(""), "holds NoneType"),
+    "a list": (lambda run: run.config_path.write_text("- a"), "config.yaml must hold sections"),
+    "an empty file": (lambda run: run.config_path.write_text(""), "config.yaml holds no configuration"),
+    "a number of two meanings": (
+        lambda run: run.config_path.write_text("train: {steps: 010}"),
+        "010 is a number that can be read in two ways",
+    ),
+    "configuration without end": (
+        lambda run: run.config_path.write_text("a: " + 3000 * "[" + 3000 * "]"),
+        "nested too deeply",
+    ),
+    "environment without end": (
+        lambda run: (run.path / "env.json").write_text('{"a": ' + 600 * "[" + 600 * "]" + "}"),
+        "env.json: nested too deeply",
+    ),
+    "metrics without end": (
+        lambda run: run.metrics_path.write_text('{"step": ' + 9000 * "[" + 9000 * "]" + "}\n"),
+        "metrics.jsonl, line 1: nested too deeply",
+    ),
+    "metrics with a switch for a step": (
+        lambda run: run.metrics_path.write_text('{"step": true}\n'),
+        "metrics.jsonl, line 1: names no step",
+    ),
     "another version's": (
         lambda run: run.config_path.write_text("train: {stepz: 3}"),
         "stepz: unknown key; did you mean 'steps'",
@@ -233,27 +266,21 @@ def test_checkpoints_name_their_step_and_damaged_ones_their_problem(tiny_runs: P
     assert (found["state-4"].step, found["state-4"].num_bytes) == (4, 10)
 
 
+TERMS = {"grid": "original", "threshold": 0.5, "num_samples": 7}
+SPLIT = {"split": "refcoco.unc:val", "rules": "ris", "category_source": "none", "expressions": "own"}
+
+
+def keep_evaluation(run: RunDirectory, name: str, checkpoint: str = "best", **facts: Any) -> None:
+    scores = {
+        "lavt": {**TERMS, "oIoU": 0.1},
+        "ris": {**TERMS, "oIoU": 0.25, "mIoU": None, "overlap": "union"},
+    }
+    document = {"checkpoint": checkpoint, "step": 50, "results": [{**SPLIT, "scores": scores}]}
+    run.write_evaluation(name, document | facts)
+
+
 def test_evaluations_name_split_rules_and_grid_and_damaged_ones_their_problem(run: RunDirectory) -> None:
-    terms = {"grid": "original", "threshold": 0.5, "num_samples": 7}
-    run.write_evaluation(
-        "scores-best-none",
-        {
-            "checkpoint": "best",
-            "step": 50,
-            "results": [
-                {
-                    "split": "refcoco.unc:val",
-                    "rules": "ris",
-                    "category_source": "none",
-                    "expressions": "own",
-                    "scores": {
-                        "lavt": {**terms, "oIoU": 0.1},
-                        "ris": {**terms, "oIoU": 0.25, "mIoU": None},
-                    },
-                }
-            ],
-        },
-    )
+    keep_evaluation(run, "scores-best-none")
     (run.path / "eval" / "torn.json").write_text('{"results": [')
     (run.path / "eval" / "foreign.json").write_text('{"checkpoint": "best"}')
     foreign, good, torn = evaluation_files(run)
@@ -265,6 +292,76 @@ def test_evaluations_name_split_rules_and_grid_and_damaged_ones_their_problem(ru
     assert first.values == {"oIoU": 0.25, "mIoU": None}
     assert "lacks 'results'" in foreign.problem
     assert "cannot be read" in torn.problem
+
+
+def test_an_evaluation_is_of_the_file_whose_digest_it_has(run: RunDirectory) -> None:
+    for checkpoint in ("best", "last"):
+        run.checkpoint_path(checkpoint).parent.mkdir(exist_ok=True)
+        run.checkpoint_path(checkpoint).write_bytes(checkpoint.encode())
+        digest = checkpoint_digest(run, checkpoint)
+        keep_evaluation(run, f"{checkpoint}-now", checkpoint, checkpoint_sha256=digest)
+        keep_evaluation(run, f"{checkpoint}-before", checkpoint, checkpoint_sha256="0" * 64)
+    keep_evaluation(run, "silent")
+    keep_evaluation(run, "unnamed", None)  # type: ignore[arg-type]
+    run.checkpoint_path("last").unlink()
+    assert {one.name: one.stale for one in evaluation_files(run)} == {
+        "best-now": "",
+        "best-before": "of an earlier checkpoint best",
+        "last-now": "of a checkpoint last that is not there",
+        "last-before": "of a checkpoint last that is not there",
+        "silent": "of a checkpoint best that it does not identify",
+        "unnamed": "of a checkpoint that it does not identify",
+    }
+
+
+def test_a_model_card_has_the_evaluations_of_this_very_checkpoint_alone(
+    tiny_runs: Path, tmp_path: Path
+) -> None:
+    """Another `best` of the same step is there where a run went on from an earlier state otherwise."""
+    run = RunDirectory(tmp_path)
+    run.checkpoint_path("best").parent.mkdir()
+    content = RunDirectory(tiny_runs / "first").checkpoint_path("best").read_bytes()
+    run.checkpoint_path("best").write_bytes(content)
+    metadata = read_metadata(run.checkpoint_path("best"))
+    for name, digest in (
+        ("now", hashlib.sha256(content).hexdigest()),
+        ("before", "0" * 64),
+        ("silent", None),
+    ):
+        split = {**SPLIT, "split": name, "scores": {"ris": {**TERMS, "oIoU": 0.5}}}
+        facts = {"step": metadata.step, "checkpoint_sha256": digest, "results": [split]}
+        keep_evaluation(run, name, **facts)
+    assert [score.split for score in reported_scores(run, "best", metadata)] == ["now"]
+    assert reported_scores(run, "last", metadata) == ()
+
+
+BAD_DOCUMENTS = {
+    "no document": [],
+    "a name for a number": {"checkpoint": "best", "step": "x", "results": []},
+    "results are text": {"results": "none"},
+    "a score is text": {"results": [{**SPLIT, "scores": {"ris": {**TERMS, "oIoU": "high"}}}]},
+    "a score is a list": {"results": [{**SPLIT, "scores": {"ris": {**TERMS, "oIoU": [1]}}}]},
+    "a score is no number": {"results": [{**SPLIT, "scores": {"ris": {**TERMS, "oIoU": math.nan}}}]},
+    "a split is a number": {"results": [{**SPLIT, "split": 3, "scores": {}}]},
+    "no samples": {"results": [{**SPLIT, "scores": {"ris": {**TERMS, "num_samples": None}}}]},
+    "refused by a list": {"results": [{**SPLIT, "scores": {"ris": {**TERMS, "refused": []}}}]},
+}
+
+
+@pytest.mark.parametrize("damage", BAD_DOCUMENTS)
+def test_an_evaluation_of_wrong_types_is_a_problem_and_hides_no_other(run: RunDirectory, damage: str) -> None:
+    keep_evaluation(run, "whole")
+    (run.path / "eval" / "bad.json").write_text(json.dumps(BAD_DOCUMENTS[damage]))
+    bad, whole = evaluation_files(run)
+    assert bad.problem.startswith("cannot be read: ")
+    assert (bad.scores, whole.problem, len(whole.scores)) == ((), "", 2)
+
+
+def test_an_evaluation_without_end_is_a_problem(run: RunDirectory) -> None:
+    (run.path / "eval").mkdir()
+    for name, depth in (("deep", 600), ("deeper", 100_000)):
+        (run.path / "eval" / f"{name}.json").write_text('{"results": ' + depth * "[" + depth * "]" + "}")
+    assert [one.problem for one in evaluation_files(run)] == ["cannot be read: nested too deeply"] * 2
 
 
 def test_a_real_run_has_no_problems(tiny_runs: Path) -> None:
@@ -283,8 +380,40 @@ def test_listing_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False, cwd=root).returncode == 0
 
 
-def test_a_run_that_may_not_be_read_is_listed(run: RunDirectory) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root reads everything")
-    run.config_path.chmod(0)
-    assert summarise(run).state == "damaged"
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """A folder that everybody may enter, used by somebody who may not enter everything."""
+    root = Path(tempfile.mkdtemp())
+    root.chmod(0o777)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield root
+    finally:
+        if is_root:
+            os.seteuid(0)
+        subprocess.run(["chmod", "-R", "u+rwX", str(root)], check=True)
+        shutil.rmtree(root)
+
+
+@pytest.mark.parametrize("name", [".", "config.yaml", "env.json", "metrics.jsonl", "checkpoints"])
+def test_what_may_not_be_read_is_a_problem_and_hides_no_other_run(unprivileged: Path, name: str) -> None:
+    one = RunDirectory.create(unprivileged / "one", CONFIG, facts={})
+    RunDirectory.create(unprivileged / "two", CONFIG, facts={})
+    one.log({"step": 1})
+    one.checkpoints_dir.mkdir()
+    (one.path / "eval").mkdir()
+    (one.path / name).chmod(0)
+    found = {run.name: run for run in list_runs(unprivileged)}
+    assert (found["one"].state, found["two"].state) == ("damaged", "stopped")
+    assert any("Permission denied" in problem for problem in found["one"].problems)
+    assert find_any_run(unprivileged, "one") == one
+    assert find_run(unprivileged, None).path.name in ("one", "two")
+    checkpoints, evaluations = checkpoint_files(one), evaluation_files(one)
+    if name in (".", "checkpoints"):
+        assert [file.problem for file in checkpoints] == ["cannot be read: Permission denied"]
+    if name == ".":
+        assert [file.problem for file in evaluations] == ["cannot be read: Permission denied"]
+    else:
+        assert evaluations == []

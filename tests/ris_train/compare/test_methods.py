@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -53,6 +54,29 @@ def test_older_evaluations_of_the_same_weights_fill_in_splits(runs, make_table):
     (method,) = found(runs, "first")
     assert tuple(method.splits) == (VAL, TEST_A)
     assert method.origin == f"{val}, {a}"
+
+
+def test_an_evaluation_of_a_checkpoint_that_another_took_the_place_of_is_passed_over(runs, make_table):
+    """Both are of the same name and step: the run went on from an earlier state with other settings."""
+    checkpoint = runs / "first" / "checkpoints" / "best.safetensors"
+    checkpoint.parent.mkdir()
+    checkpoint.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    now = keep(runs, "now", make_table(1, checkpoint_sha256=digest), age=60)
+    keep(runs, "before", make_table(2, {TEST_A: 5}, checkpoint_sha256="0" * 64), age=50)
+    keep(runs, "silent", make_table(3, {TEST_A: 5}), age=40)
+    (method,) = found(runs, "first")
+    assert (method.origin, tuple(method.splits)) == (str(now), (VAL,))
+    now.unlink()
+    with pytest.raises(DataError) as caught:
+        found(runs, "first")
+    message = str(caught.value)
+    assert "before.parquet is of an earlier checkpoint best" in message
+    assert "silent.parquet is of a checkpoint best that it does not identify" in message
+    assert "ris eval --run first" in message
+    checkpoint.unlink()
+    assert tuple(found(runs, "first")[0].splits) == (TEST_A,), "what is gone is known by its evaluations"
+    assert found(runs, "first")[0].origin.endswith("silent.parquet")
 
 
 def test_shuffled_and_other_checkpoints_are_passed_over(runs, make_table):

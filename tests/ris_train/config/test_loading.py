@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -304,6 +305,20 @@ def test_numbers_may_be_written_with_an_exponent(text: str, key: str, expected: 
     found = getattr(load_config(recipe="tiny", overrides=[text]).train, key)
     assert found == expected
     assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize("text", ["010", "-010", "+07", "00", "0_1", "1:30", "1:30.5", "190:20:30"])
+def test_a_number_that_yaml_reads_otherwise_than_people_do_is_refused(text: str) -> None:
+    """YAML 1.1 takes 010 for 8 and 1:30 for 90."""
+    with pytest.raises(ConfigError, match=rf"{re.escape(text)} is a number that can be read in two ways"):
+        load_config(recipe="tiny", overrides=[f"train.steps={text}"])
+    quoted = load_config(recipe="tiny", overrides=[f"model.bert.weights='{text}'"])
+    assert quoted.model.bert.weights == text
+
+
+@pytest.mark.parametrize(("text", "expected"), [("0.1", 0.1), ("0", 0.0), ("0e0", 0.0), ("0.0_1", 0.01)])
+def test_a_zero_before_the_point_is_no_base(text: str, expected: float) -> None:
+    assert load_config(recipe="tiny", overrides=[f"train.weight_decay={text}"]).train.weight_decay == expected
 
 
 def test_an_error_shows_where_a_value_is_from_and_not_all_of_a_long_one(tmp_path: Path) -> None:

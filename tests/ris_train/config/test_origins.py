@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from ris_cache.errors import ConfigError
 from ris_train.config import RunConfig, load_config, resolve_config
-from ris_train.config.keys import all_keys, from_environment, variable
+from ris_train.config.keys import all_keys, from_environment, require_known, variable
 
 KEYS = list(all_keys())
 LAYERS = ("default", "recipe", "file", "environment", "--set")
@@ -72,6 +74,7 @@ def test_variables_of_options_and_of_others_are_no_settings() -> None:
         "HOME": "/",
         "XRIS_A": "1",
     }
+    require_known(environment)
     assert from_environment(environment) == {}
 
 
@@ -79,7 +82,7 @@ def test_variables_of_options_and_of_others_are_no_settings() -> None:
 def test_a_mistyped_variable_names_the_one_that_was_meant(key: str) -> None:
     name = variable(key)
     with pytest.raises(ConfigError) as caught:
-        from_environment({f"{name}Z": "1"})
+        require_known({f"{name}Z": "1"})
     assert f"{name}Z: unknown variable; did you mean {name}?" in str(caught.value)
 
 
@@ -90,7 +93,7 @@ def test_one_underscore_where_two_belong_is_explained() -> None:
 
 def test_every_unknown_variable_is_named_at_once() -> None:
     with pytest.raises(ConfigError, match=r"has 3 problem\(s\)") as caught:
-        from_environment({"RIS_TRAIN_LR": "1", "RIS_RECIPE": "gres", "RIS_QQQQQQQ": "1"})
+        require_known({"RIS_TRAIN_LR": "1", "RIS_RECIPE": "gres", "RIS_QQQQQQQ": "1"})
     message = str(caught.value)
     assert "RIS_RECIPE: a recipe is chosen by --recipe" in message
     assert "RIS_QQQQQQQ: unknown variable; settings are named like RIS_TRAIN__LR for train.lr" in message
@@ -107,3 +110,31 @@ def test_a_wrong_value_in_the_environment_names_its_variable() -> None:
 def test_a_program_does_not_read_the_environment_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RIS_TRAIN__LR", "0.3")
     assert load_config(recipe="tiny").train.lr == 1e-3
+
+
+def test_wrong_keys_variables_and_values_of_all_layers_are_named_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: 3\ntrian: {steps: 5}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(
+            recipe="tiny",
+            config_path=path,
+            environment={"RIS_TRAIN__STEP": "5", "RIS_TRAIN__LR": "[1", "RIS_TRAIN__SEED": "-1"},
+            overrides=["train.steps", "train.milestones=[1", "recipe=gres", "loss.dfam=much", "data.zzz=1"],
+        )
+    message = str(caught.value)
+    assert f"The configuration ({path}) has 10 problem(s):" in message
+    for words in (
+        "RIS_TRAIN__STEP: unknown variable; did you mean RIS_TRAIN__STEPS?",
+        "The value of RIS_TRAIN__LR is not YAML",
+        "--set takes section.key=value, not 'train.steps'",
+        "The value of --set 'train.milestones=[1' is not YAML",
+        "A recipe is chosen by --recipe, not by --set recipe=gres",
+        "model (file",
+        "trian: unknown key; did you mean 'train'?",
+        "train.seed: Input should be greater than or equal to 0",
+        "loss.dfam: ",
+        "data.zzz: unknown key",
+    ):
+        assert words in message
+    assert len(caught.value.facts["problems"]) == 10  # type: ignore[arg-type]

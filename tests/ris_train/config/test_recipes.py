@@ -46,6 +46,12 @@ def test_a_recipe_that_nobody_ran_says_so(name: str) -> None:
     assert cost.startswith("not measured") or cost == "those of paper-refcoco."
 
 
+@pytest.mark.parametrize("name", PAPER_SIZE)
+def test_recipes_of_the_papers_size_train_in_mixed_precision(name: str) -> None:
+    expected = "fp16" if name == "authors-code" else "bf16"
+    assert load_config(recipe=name).train.precision == expected
+
+
 @pytest.mark.parametrize("name", recipes())
 def test_a_recipe_reads_splits_that_exist_by_rules_that_exist(name: str) -> None:
     data = load_config(recipe=name).data

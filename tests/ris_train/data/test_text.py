@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from ris_cache.datasets.shapes import VOCABULARY
 from ris_cache.errors import WeightsError
 from ris_train.config import BertConfig, load_config
+from ris_train.data.samples import Sample, Samples
 from ris_train.data.text import TINY_VOCABULARY, TINY_VOCABULARY_PATH, Tokenizer
 from ris_train.model.bert import load_bert
 
@@ -168,3 +172,34 @@ def test_published_weights_load_whole_with_their_digest(real_folder: Path, real:
     with (real_folder / "model.safetensors").open("rb") as file:
         assert record.sha256 == hashlib.file_digest(file, "sha256").hexdigest()
     assert record.label == f"model.safetensors sha256:{record.sha256[:8]}"
+
+
+@pytest.mark.parametrize("keep_sep", [True, False])
+@settings(max_examples=40, deadline=None)
+@given(
+    texts=st.lists(st.text(st.sampled_from("a lady, İﷺ각é "), max_size=20), max_size=6),
+    max_tokens=st.integers(3, 9),
+)
+def test_expressions_that_lose_word_pieces_are_counted(
+    real_folder: Path, keep_sep: bool, texts: list[str], max_tokens: int
+) -> None:
+    pieces = _pieces(real_folder)
+    tokenizer = Tokenizer(pieces, max_tokens, keep_sep=keep_sep)
+    lost = 0
+    for text in texts:
+        whole = len(pieces.tokenize(text))
+        kept = [token for token in tokenizer.encode([text])[0][0].tolist() if token not in (101, 102)]
+        lost += len(kept) < whole
+    assert tokenizer.count_cut(Samples.of(map(_sample, texts))) == lost
+
+
+@functools.cache
+def _pieces(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
+def _sample(text: str) -> Sample:
+    return Sample(
+        table_name="refcoco.unc", split="train", ref_id=1, sent_id=1, image_id=1, text=text, ann_ids=(1,),
+        category_id=1, clip_category_id=1, is_degenerate=False,
+    )  # fmt: skip

@@ -53,6 +53,19 @@ def run_short(tiny_cache: Path, short_config: Callable[..., RunConfig]) -> Calla
 
 
 @pytest.fixture(scope="session")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, tiny_cache: Path, short_config: Callable[..., RunConfig]
+) -> Path:
+    """A run that never stopped; tests must not change it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    path = tmp_path_factory.mktemp("whole") / "run"
+    train(tiny_cache, short_config(), path, device=torch.device("cpu"), random_seed=0)
+    torch.set_num_threads(before)
+    return path
+
+
+@pytest.fixture(scope="session")
 def metrics() -> Callable[[Path], list[dict[str, Any]]]:
     """Lines of a run's metrics but for the wall clock."""
 

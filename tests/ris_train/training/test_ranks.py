@@ -150,6 +150,8 @@ SCORE = """
 import sys, json, torch
 from pathlib import Path
 from ris_cache import FeatureCache
+from ris_cache.errors import StoppedError
+from ris_train import validation
 from ris_train.checkpoint import load_checkpoint
 from ris_train.data.text import Tokenizer
 from ris_train.ranks import join_ranks
@@ -159,9 +161,21 @@ ranks = join_ranks(cpu)
 model, metadata = load_checkpoint(Path(sys.argv[2]), device=cpu)
 config = metadata.config
 tokenizer = Tokenizer.load(config.model.bert, config.model.max_tokens)
-scores = Validation(FeatureCache.open(Path(sys.argv[1])), tokenizer, config, cpu).score(model, ranks)
+val = Validation(FeatureCache.open(Path(sys.argv[1])), tokenizer, config, cpu)
+scores = val.score(model, ranks)
+validation.BATCHES_PER_QUESTION, batches = 2, []
+model.register_forward_pre_hook(lambda *rest: batches.append(rest))
+try:
+    val.score(model, ranks, should_stop=lambda: ranks.rank == 1)
+except StoppedError:
+    stopped_after = [len(batches)]
+try:
+    val.score(model, ranks, should_stop=lambda: ranks.rank == 1 and len(batches) == 1)
+except StoppedError:
+    stopped_after += [len(batches)]
+stopped = ranks.collect(stopped_after)
 if ranks.is_main:
-    print(json.dumps([ranks.world, scores.num_samples, scores.values]))
+    print(json.dumps([ranks.world, scores.num_samples, scores.values, stopped]))
 """
 
 
@@ -177,7 +191,9 @@ def test_several_processes_score_what_one_does_to_the_last_digit(tiny_cache, tin
     model, metadata = load_checkpoint(checkpoint, device=cpu)
     tokenizer = Tokenizer.load(metadata.config.model.bert, metadata.config.model.max_tokens)
     expected = Validation(FeatureCache.open(tiny_cache), tokenizer, metadata.config, cpu).score(model)
-    assert json.loads(output) == [processes, expected.num_samples, expected.values]
+    *found, stopped = json.loads(output)
+    assert found == [processes, expected.num_samples, expected.values]
+    assert stopped == [[0, 2]] * processes, "one was asked to: at the next question all stop"
 
 
 def test_killing_one_process_ends_the_others_with_a_message(tiny_cache, tmp_path):

@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from ris_cache.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     DiskFullError,
     FingerprintMismatchError,
     StoppedError,
 )
-from ris_train.checkpoint import read_metadata
+from ris_train.checkpoint import OtherVersionError, read_metadata
+from ris_train.ranks import Ranks
 from ris_train.run import RunDirectory
+from ris_train.run_facts import trained_on
+from ris_train.run_listing import read_files
+from ris_train.training import setup as preparation
 from ris_train.training import state as state_module
-from ris_train.training.resume import find_resume_point, require_same_features, resume_target
-from ris_train.training.state import latest_state, read_state, saved_states
+from ris_train.training.data_digest import DataDigest
+from ris_train.training.plan import make_plan
+from ris_train.training.resume import (
+    find_resume_point,
+    require_same_data,
+    require_same_features,
+    resume_target,
+)
+from ris_train.training.state import discard_later, latest_state, read_state, saved_states
 
 
 class StopAfter:
@@ -43,24 +59,11 @@ class Heard:
         self.messages: list[str] = []
 
     def start(self, *, total: int, done: int) -> None: ...
-    def advance(self, *, loss: float, samples: int, images: int, waited: float) -> None: ...
+    def advance(self, *, loss: float, samples: int, images: int, waited: float, seconds: float) -> None: ...
     def say(self, message: str) -> None:
         self.messages.append(message)
 
     def stop(self) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_cache, short_config) -> Path:
-    """A run that never stopped."""
-    import torch
-
-    from ris_train.training import train
-
-    torch.set_num_threads(1)
-    path = tmp_path_factory.mktemp("whole") / "run"
-    train(tiny_cache, short_config(), path, device=torch.device("cpu"), random_seed=0)
-    return path
 
 
 def test_a_run_that_stops_anywhere_goes_on_to_the_same_bits(
@@ -88,28 +91,54 @@ def test_a_run_that_stops_anywhere_goes_on_to_the_same_bits(
 
 def test_a_finished_run_takes_no_step_and_goes_on_if_given_more(run_short, metrics, whole, tmp_path):
     run = tmp_path / "run"
-    first = run_short(run)
+    shutil.copytree(whole, run)
+    best = read_state(run / "checkpoints" / "state-6")[0].best
     again = run_short(run, resume=True)
     assert again.resumed_from == 6
-    assert (again.best_step, again.best) == (first.best_step, first.best)
+    assert (again.best_step, again.best.values) == (best.step, best.values)
     assert metrics(run) == metrics(whole)
     assert run_short(run, "train.steps=7", resume=True).resumed_from == 6
     assert max(line["step"] for line in metrics(run)) == 7
 
 
-def test_a_run_does_not_go_on_with_another_configuration(run_short, tmp_path):
-    run = tmp_path / "run"
+def test_a_run_does_not_go_on_with_another_configuration_but_for_what_may_change(
+    run_short, metrics, tiny_cache, tmp_path
+):
+    """A rate and a clip may, to tame a run; it is said and recorded. The name, which nobody chose, was taken."""
+    (tmp_path / "run").mkdir()
     with pytest.raises(StoppedError):
-        run_short(run, should_stop=StopAfter(1))
-    with pytest.raises(ConfigError, match=r"train\.batch_size was 4, is 2; train\.lr was") as caught:
-        run_short(run, "train.batch_size=2", "train.lr=0.5", "train.log_every=1", resume=True)
-    assert caught.value.facts["keys"] == ["train.batch_size", "train.lr"]
+        run_short(tmp_path / "run", is_named=False, should_stop=StopAfter(1))
+    assert not list((tmp_path / "run").iterdir())
+    run = RunDirectory(tmp_path / "run-2")
+    begun = run.identity()
+    with pytest.raises(ConfigError, match=r"train\.batch_size was 4, is 2; train\.seed was") as caught:
+        run_short(run.path, "train.batch_size=2", "train.seed=5", "train.log_every=1", resume=True)
+    assert caught.value.facts["keys"] == ["train.batch_size", "train.seed"]
+    assert "resumed" not in json.loads(run.facts_path.read_text())
+    changes = ("train.lr=0.5", "train.clip_grad_norm=0.25", "train.steps=2", "train.log_every=1")
+    heard = Heard()
+    run_short(run.path, *changes, resume=True, progress=heard)
+    assert "train.lr was 0.001, is 0.5 from step 2 on" in heard.messages
+    lines = [line for line in metrics(run.path) if "lr" in line]
+    assert [(line["step"], line["lr"] > 0.001) for line in lines] == [(2, True)]
+    run_short(run.path, *changes, resume=True)
+    first, second = json.loads(run.facts_path.read_text())["resumed"]
+    assert (first["step"], first["device"], first["processes"]) == (1, "cpu", 1)
+    assert first["cache"] == str(tiny_cache)
+    assert {"time", "libraries"} <= first.keys()
+    assert first["changed"] == {
+        "train.clip_grad_norm": [1.0, 0.25], "train.log_every": [3, 1], "train.lr": [0.001, 0.5],
+        "train.steps": [6, 2],
+    }  # fmt: skip
+    assert (second["step"], second["changed"]) == (2, {})
+    assert run.identity() == begun, "what it was begun as"
+    assert read_files(run).problems == ()
+    assert trained_on(run)[0].selection == "refcoco.unc:train"
 
 
 def test_a_damaged_state_is_passed_over_aloud(run_short, metrics, same_weights, whole, tmp_path):
     run = tmp_path / "run"
-    with pytest.raises(StoppedError):
-        run_short(run, should_stop=StopAfter(7))
+    shutil.copytree(whole, run)
     latest, *_ = saved_states(RunDirectory(run))
     file = latest / "optimiser.safetensors"
     content = bytearray(file.read_bytes())
@@ -160,7 +189,7 @@ def test_the_last_states_are_kept_and_nothing_half_written(whole):
     assert not [path for path in (whole / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
-def test_a_full_disk_leaves_the_states_before_as_they_were(run_short, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_states_before_as_they_were(run_short, tiny_cache, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with pytest.raises(StoppedError):
         run_short(run, should_stop=StopAfter(3))
@@ -170,7 +199,8 @@ def test_a_full_disk_leaves_the_states_before_as_they_were(run_short, tmp_path, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(state_module, "write_atomically", full)
-    with pytest.raises(DiskFullError, match="What was saved before is whole"):
+    command = f"`ris train --cache {tiny_cache} --run run --runs {tmp_path}`"
+    with pytest.raises(DiskFullError, match=f"What was saved before is whole: .*{re.escape(command)}"):
         run_short(run, "train.checkpoint_every=1", resume=True)
     assert saved_states(RunDirectory(run)) == before
     read_state(before[0])
@@ -178,13 +208,36 @@ def test_a_full_disk_leaves_the_states_before_as_they_were(run_short, tmp_path, 
 
 
 def test_going_on_from_an_earlier_state_drops_the_later_ones(run_short, metrics, whole, tmp_path):
+    """And what processes that were killed had not finished."""
     run = tmp_path / "run"
-    run_short(run)
+    shutil.copytree(whole, run)
+    left = [
+        run / ".env.json.1.tmp",
+        *(run / "checkpoints" / f".{name}.tmp" for name in ("last.1", "state-9.1")),
+    ]
+    left.append(run / "checkpoints" / "state-4" / ".state.json.1.tmp")
+    for path in (*left[:2], left[3]):
+        path.write_text("half")
+    left[2].mkdir()
+    (left[2] / "model.safetensors").write_text("half")
     heard = Heard()
     report = run_short(run, resume=True, from_state=run / "checkpoints" / "state-4", progress=heard)
     assert report.resumed_from == 4
     assert any("left behind" in message and "state-6" in message for message in heard.messages)
     assert metrics(run) == metrics(whole)
+    assert not any(path.exists() for path in left)
+    assert (run / ".lock").exists()
+
+
+def test_states_are_removed_whatever_a_process_of_the_same_number_left(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
+    left = run.checkpoints_dir / f".state-6.{os.getpid()}.removed.tmp"
+    left.mkdir()
+    (left / "model.safetensors").write_text("half")
+    assert discard_later(run, 4) == [run.checkpoints_dir / "state-6"]
+    assert [path.name for path in saved_states(run)] == ["state-4"]
+    assert not left.exists()
 
 
 def test_a_best_checkpoint_that_is_not_the_best_so_far_is_chosen_anew(run_short, metrics, whole, tmp_path):
@@ -233,7 +286,7 @@ def test_a_state_that_is_a_file_is_damaged(tmp_path):
 
 
 def test_a_run_that_another_process_trains_is_left_alone(run_short, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr("ris_train.run.LOCK_SECONDS", 0.05)
+    monkeypatch.setattr("ris_train.run_lock.LOCK_SECONDS", 0.05)
     shutil.copytree(whole, tmp_path / "run")
     run = RunDirectory(tmp_path / "run")
     with run.held(), pytest.raises(CheckpointError, match="being trained by another process"):
@@ -244,12 +297,66 @@ def test_a_run_that_another_process_trains_is_left_alone(run_short, whole, tmp_p
         pass
 
 
-def test_metrics_that_somebody_shortened_are_an_error(run_short, tmp_path):
+def test_metrics_that_somebody_shortened_are_an_error_before_anything_is_removed(run_short, whole, tmp_path):
     run = tmp_path / "run"
-    run_short(run)
+    shutil.copytree(whole, run)
     (run / "metrics.jsonl").write_text("")
-    with pytest.raises(CheckpointError, match="somebody shortened it"):
-        run_short(run, resume=True)
+    for state in (None, run / "checkpoints" / "state-4"):
+        with pytest.raises(CheckpointError, match="somebody shortened it"):
+            run_short(run, resume=True, from_state=state)
+    assert [path.name for path in saved_states(RunDirectory(run))] == ["state-6", "state-4"]
+
+
+def test_a_state_of_another_version_is_neither_damaged_nor_passed_over(run_short, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    file = run / "checkpoints" / "state-6" / "state.json"
+    body = json.loads(json.loads(file.read_text())["state"]) | {"momentum": 1}
+    text = json.dumps(body)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    file.write_text(json.dumps({"state": text, "sha256": digest}))
+    heard = Heard()
+    with pytest.raises(OtherVersionError, match=r"written by another version of ris \(momentum: .*--resume"):
+        run_short(run, resume=True, progress=heard)
+    assert not heard.messages
+    assert [path.name for path in saved_states(RunDirectory(run))] == ["state-6", "state-4"]
+    assert run_short(run, resume=True, from_state=run / "checkpoints" / "state-4").resumed_from == 4
+
+
+def test_a_run_does_not_go_on_with_other_expressions(
+    run_short, short_config, whole, tiny_cache, tmp_path, monkeypatch
+):
+    """The features are the same; the tables were made anew, with one expression less or in another order."""
+    run, cpu = RunDirectory(tmp_path / "run"), torch.device("cpu")
+    shutil.copytree(whole, run.path)
+    point = find_resume_point(run, short_config(), chosen=None, say=lambda message: None)
+    setup = preparation.prepare(tiny_cache, short_config(), Ranks(0, 1, cpu), random_seed=0)
+    require_same_data(point, setup, run)
+    samples = setup.validation.samples
+    turned = DataDigest.of(samples.select(slice(None, None, -1)), [setup.validation.label])
+    with pytest.raises(DataError, match=r"on 2 expressions of refcoco:val; .* gives 2 others now\."):
+        require_same_data(
+            replace(point, state=point.state.model_copy(update={"validation": turned})), setup, run
+        )
+    older = point.state.model_copy(update={"training": None, "validation": None})
+    require_same_data(replace(point, state=older), setup, run)
+
+    def fewer(*arguments: object, **options: object) -> object:
+        training_set = load(*arguments, **options)
+        return replace(training_set, samples=training_set.samples[:-1])
+
+    load = preparation.load_training_set
+    monkeypatch.setattr(preparation, "load_training_set", fewer)
+    before = {
+        path: path.read_bytes() for path in run.path.rglob("*") if path.is_file() and path.name != ".lock"
+    }
+    count = len(setup.training_set.samples)
+    found = rf"on {count:,} expressions of refcoco:train; the cache .* gives {count - 1:,} now\. .*--cache"
+    with pytest.raises(DataError, match=found):
+        run_short(run.path, resume=True)
+    with pytest.raises(DataError, match=found):
+        make_plan(tiny_cache, short_config(), random_seed=0, resumed=run)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_run_does_not_go_on_from_other_features(whole):

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import math
+from contextlib import closing
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ris_cache.errors import CheckpointError, NonFiniteError
-from ris_train.training import reproduce
+from ris_cache.errors import CheckpointError, NonFiniteError, RisError
+from ris_train.ranks import OtherRankError, Ranks
+from ris_train.run import RunDirectory
+from ris_train.training import reproduce, watch
+from ris_train.training.setup import prepare
 from ris_train.training.step import LossScale, StepComputer
-from ris_train.training.watch import read_reproduction
+from ris_train.training.watch import broken_terms, read_reproduction, stop_for
+
+CPU = torch.device("cpu")
 
 
 def test_a_rate_that_blows_the_weights_up_stops_the_run_and_is_reproduced(run_short, tmp_path, tiny_cache):
@@ -58,6 +67,65 @@ def test_a_gradient_that_breaks_is_named_and_reproduced_to_the_bit(run_short, tm
     assert {name: value for name, value in values.items() if name != "grad_norm"} == {
         name: value for name, value in record.values.items() if name != "grad_norm"
     }
+
+
+@pytest.fixture(scope="module")
+def step(tiny_cache, short_config):
+    """What is trained on what, and the first batch."""
+    setup = prepare(tiny_cache, short_config(), Ranks(0, 1, CPU), random_seed=0)
+    with closing(setup.batches(0, 1)) as batches:
+        return setup, next(batches)
+
+
+met: list[int] = []
+
+
+class Met(Ranks):
+    """One of several processes, all of which are at the same point."""
+
+    def collect(self, value: object) -> list[object]:
+        met.append(self.rank)
+        return [value] * self.world
+
+
+def stop(step, run: Path, ranks: Ranks, values: dict[str, float]) -> RisError:
+    """What the loop raises where the values of its step are none."""
+    setup, batch = step
+    return stop_for(
+        RunDirectory(run), setup.model, batch, setup.metadata, ranks,
+        cache_root=setup.cache.root, values=values, terms=broken_terms(values) or ("matching",), scale=1.0,
+    )  # fmt: skip
+
+
+def test_a_process_that_alone_knows_of_a_break_writes_and_speaks_and_waits_for_none(step, tmp_path):
+    error = stop(step, tmp_path, Ranks(1, 2, CPU), {})
+    assert isinstance(error, NonFiniteError)
+    assert "Step 1: matching is not finite" in str(error)
+    assert "--set train.lr=…`" in str(error)
+    record = read_reproduction(tmp_path / "nonfinite-1.json")
+    assert (record.world, record.terms) == (2, ("matching",))
+    assert reproduce(tmp_path / "nonfinite-1.json").terms == (), "here nothing has broken"
+
+
+def test_of_processes_that_all_know_the_first_one_writes_before_any_of_them_ends(step, tmp_path):
+    values = {"loss": math.nan, "grad_norm": 1.0}
+    met.clear()
+    other = stop(step, tmp_path, Met(1, 2, CPU), values)
+    assert isinstance(other, OtherRankError)
+    assert (other.exit_code, met, list(tmp_path.iterdir())) == (NonFiniteError.exit_code, [1], [])
+    first = stop(step, tmp_path, Met(0, 2, CPU), values)
+    assert isinstance(first, NonFiniteError)
+    assert met == [1, 0]
+    assert read_reproduction(tmp_path / "nonfinite-1.json").terms == ("loss",)
+
+
+def test_where_the_step_cannot_be_written_its_number_is_told_all_the_same(step, tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(watch, "write_atomically", Mock(side_effect=full))
+    error = stop(step, tmp_path, Ranks(0, 1, CPU), {"loss": math.nan, "grad_norm": 1.0})
+    assert str(error).startswith("Step 1: loss is not finite. Go on from the last state")
+    assert "nonfinite-1.json, which would hold the step, could not be written: No space left" in str(error)
+    assert error.facts["path"] is None
 
 
 def test_a_loss_that_breaks_names_its_term(run_short, tmp_path, monkeypatch):
@@ -106,8 +174,10 @@ def test_an_overflow_in_fp16_costs_the_step_and_changes_no_weight(run_short, tmp
 
 
 def test_training_in_fp16_takes_its_steps(run_short, tmp_path, metrics):
+    """The scale it begins with is halved a few times first."""
     run = tmp_path / "run"
-    run_short(run, "train.precision=fp16", "train.log_every=1", "train.steps=16", "train.eval_every=16")
+    settings = ("train.steps=10", "train.batch_size=2", "train.eval_every=10", "train.log_every=1")
+    run_short(run, "train.precision=fp16", *settings)
     norms = [line["grad_norm"] for line in metrics(run) if "scale" in line]
-    assert len(norms) == 16
-    assert any(norms)
+    assert len(norms) == 10
+    assert all(norms[-2:])
