@@ -18,8 +18,8 @@ from ris_train.run_details import checkpoint_digest
 def runs(tiny_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, and a copy whose configuration and last checkpoint are damaged."""
     root = tmp_path_factory.mktemp("listed")
-    shutil.copytree(tiny_runs / "first", root / "first")
-    shutil.copytree(tiny_runs / "first", root / "broken")
+    shutil.copytree(tiny_runs / "first", root / "first", ignore=shutil.ignore_patterns("eval"))
+    shutil.copytree(tiny_runs / "first", root / "broken", ignore=shutil.ignore_patterns("eval"))
     (root / "broken" / "config.yaml").write_text("train: [")
     (root / "broken" / "checkpoints" / "last.safetensors").write_bytes(b"torn")
     return root
