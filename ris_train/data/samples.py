@@ -157,9 +157,12 @@ class Samples(Sequence[Sample]):
         found: npt.NDArray[Any] = self._rows["num_anns"] == 0 if name == "is_no_target" else self._rows[name]
         return found
 
-    def longer_than(self, num_bytes: int) -> Samples:
-        """Those whose text has more bytes in UTF-8."""
-        return self.select(self._rows["num_bytes"] > num_bytes)
+    def longer_texts(self, num_bytes: int) -> Iterator[str]:
+        """Yield the texts that have more bytes in UTF-8, in the order of the samples."""
+        rows = self._rows[self._rows["num_bytes"] > num_bytes]
+        starts = rows["first_byte"].tolist()
+        for start, size in zip(starts, rows["num_bytes"].tolist(), strict=True):
+            yield self._texts[start : start + size].decode("utf-8", "surrogatepass")
 
     def select(self, chosen: npt.NDArray[Any] | slice) -> Samples:
         """Choose samples as numpy chooses rows: by a slice, by positions, or by a truth value of each."""

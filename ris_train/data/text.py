@@ -5,6 +5,7 @@ B expressions, L word pieces of the longest one in the batch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -123,11 +124,18 @@ class Tokenizer:
         """Count the expressions that lose word pieces to `max_tokens`."""
         longest = self.max_tokens if self._keep_sep else self.max_tokens + 1
         # A word piece has a byte at least; with [CLS] and [SEP], shorter texts need not be looked at.
-        candidates = samples.longer_than(longest - 2)
+        found = Counter(samples.longer_texts(longest - 2))
+        unique = list(found)
+        backend = self._pieces.backend_tokenizer  # three times as fast as through transformers
+        backend.no_truncation()
+        backend.no_padding()
         num_cut = 0
-        for start in range(0, len(candidates), _AT_ONCE):
-            texts = [sample.text for sample in candidates[start : start + _AT_ONCE]]
-            # Cut one piece later than it would be, so that what is one piece too long shows.
-            pieces = self._pieces(texts, truncation=True, max_length=longest + 1)["input_ids"]
-            num_cut += sum(len(ids) > longest for ids in pieces)
+        for start in range(0, len(unique), _AT_ONCE):
+            texts = unique[start : start + _AT_ONCE]
+            encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+            num_cut += sum(
+                found[text]
+                for text, pieces in zip(texts, encoded, strict=True)
+                if len(pieces.ids) > longest - 2
+            )
         return num_cut
