@@ -23,9 +23,6 @@ from cli import (
     score,
     train,
 )
-from cli.entry import main
-
-__all__ = ["app", "main"]
 
 app = typer.Typer(
     name="ris",

@@ -11,7 +11,7 @@ from typing import ParamSpec
 
 import typer
 
-from cli.entry import INTERRUPTED, is_interruption
+from cli.interruption import INTERRUPTED, is_interruption
 from ris_cache.errors import RisError
 
 BROKEN_PIPE = 141

@@ -10,6 +10,7 @@ import pytest
 import typer
 
 import cli.entry
+import cli.interruption
 from cli.guard import guarded
 
 
@@ -18,7 +19,7 @@ def _signals_as_they_were() -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
-    cli.entry._is_interrupted = False
+    cli.interruption._is_interrupted = False
 
 
 class Importing:
@@ -59,7 +60,7 @@ def test_ctrl_c_while_a_command_imports_ends_without_a_traceback(capsys: pytest.
 
     with pytest.raises(ModuleNotFoundError):
         guarded(command)()
-    cli.entry._is_interrupted = True
+    cli.interruption._is_interrupted = True
     with pytest.raises(typer.Exit) as caught:
         guarded(command)()
     assert (caught.value.exit_code, capsys.readouterr().err) == (130, "interrupted\n")
