@@ -8,6 +8,7 @@ damage is found that leaves the file readable.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,9 @@ from ris_train.model.bert import bert_from_dict
 from ris_train.model.segmenter import RisModel
 
 METADATA_KEY = "ris"
-DIGEST_KEY = "sha256"
+DIGEST_FIELD = "tensors_sha256"
+"""Of the tensors, among what the file says under METADATA_KEY. A second key beside that would do, but for
+safetensors, which writes several in any order: the same checkpoint is to be the same file."""
 
 
 class OtherVersionError(CheckpointError):
@@ -94,8 +97,8 @@ def save_checkpoint(path: Path, model: RisModel, metadata: CheckpointMetadata) -
 def checkpoint_bytes(model: RisModel, metadata: CheckpointMetadata) -> bytes:
     """Content of a checkpoint's file."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    described = {METADATA_KEY: metadata.model_dump_json(), DIGEST_KEY: tensors_digest(tensors)}
-    return save(tensors, metadata=described)
+    described = {**json.loads(metadata.model_dump_json()), DIGEST_FIELD: tensors_digest(tensors)}
+    return save(tensors, metadata={METADATA_KEY: json.dumps(described)})
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -133,7 +136,7 @@ def read_metadata(path: Path) -> CheckpointMetadata:
     if text is None:
         raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of ris.", path=path)
     try:
-        return CheckpointMetadata.model_validate_json(text)
+        return CheckpointMetadata.model_validate_json(_without_digest(text))
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
@@ -142,6 +145,22 @@ def read_metadata(path: Path) -> CheckpointMetadata:
             "version, which env.json names in the run, or train anew.",
             path=path,
         ) from error
+
+
+def _without_digest(text: str) -> str:
+    """What a checkpoint says of itself, but for the digest of its tensors, as JSON."""
+    described = _parsed(text)
+    described.pop(DIGEST_FIELD, None)
+    return json.dumps(described) if described else text
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """A JSON object; empty if the text is none, which is for the reader of its fields to refuse."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _header(path: Path) -> dict[str, str]:
@@ -221,11 +240,11 @@ def load_weights(model: RisModel, path: Path) -> None:
             first few are named.
     """
     found = load_file(path)
-    expected_digest = _header(path).get(DIGEST_KEY)
+    expected_digest = _parsed(_header(path).get(METADATA_KEY, "")).get(DIGEST_FIELD)
     if expected_digest is not None and (digest := tensors_digest(found)) != expected_digest:
         raise CheckpointError(
             f"Checkpoint {path} is damaged: its weights are not those that were written (sha256 "
-            f"{digest[:12]}, expected {expected_digest[:12]}). Use another one of the same run.",
+            f"{digest[:12]}, expected {str(expected_digest)[:12]}). Use another one of the same run.",
             path=path,
             expected=expected_digest,
             found=digest,

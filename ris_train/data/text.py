@@ -80,6 +80,8 @@ class Tokenizer:
                 pieces = AutoTokenizer.from_pretrained(
                     str(source), trust_remote_code=False, local_files_only=is_local or bool(problem)
                 )
+                if not pieces.is_fast:
+                    raise ValueError("it is not one of the tokenizers library")
                 pieces(["a", "a b"], padding=True)  # what has no [PAD] is of no use
         except Exception as error:  # whatever the first wrong value of a file leads transformers to
             raise WeightsError(

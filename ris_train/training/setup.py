@@ -15,7 +15,7 @@ import torch
 from ris_cache.ahead import run_ahead
 from ris_cache.datasets.records import InstanceRecord
 from ris_cache.encoders.weights import WeightsRecord
-from ris_cache.errors import ConfigError, DataError
+from ris_cache.errors import ConfigError, DataError, WeightsError
 from ris_cache.memory import return_freed_memory
 from ris_cache.store.cache import CategorySet, FeatureCache
 from ris_train.checkpoint import CategoryNames, CheckpointMetadata, build_from_metadata
@@ -245,7 +245,14 @@ def load_tokenizer(config: RunConfig, run: RunDirectory | None) -> Tokenizer:
     """
     model = config.model
     if run is not None and run.tokenizer_dir.is_dir():
-        return Tokenizer.from_folder(run.tokenizer_dir, model.max_tokens, keep_sep=model.keep_sep)
+        try:
+            return Tokenizer.from_folder(run.tokenizer_dir, model.max_tokens, keep_sep=model.keep_sep)
+        except WeightsError as error:
+            raise WeightsError(
+                f"The run's own tokenizer, {run.tokenizer_dir}, cannot be used. Put it back, or remove the "
+                "folder: the tokenizer that model.bert names is used then.",
+                path=run.tokenizer_dir,
+            ) from error
     return Tokenizer.load(model.bert, model.max_tokens, keep_sep=model.keep_sep)
 
 

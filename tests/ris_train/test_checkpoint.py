@@ -19,6 +19,7 @@ from ris_train.checkpoint import (
     METADATA_KEY,
     CategoryNames,
     CheckpointMetadata,
+    checkpoint_bytes,
     load_checkpoint,
     load_weights,
     read_metadata,
@@ -188,6 +189,11 @@ def test_weights_that_are_not_those_written_are_found_and_the_file_is_named(
     }  # fmt: skip
     assert len(digests) == 4, "values, shapes and names count"
     assert tensors_digest(dict(reversed(tensors.items()))) in digests, "their order does not"
+
+
+def test_the_same_checkpoint_is_the_same_file(model: RisModel) -> None:
+    """By whose digest an evaluation knows it."""
+    assert len({checkpoint_bytes(model, describe(model)) for _ in range(8)}) == 1
 
 
 def test_a_checkpoint_without_a_digest_is_taken_as_it_is(model: RisModel, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from ris_cache.errors import (
     DiskFullError,
     FingerprintMismatchError,
     StoppedError,
+    WeightsError,
 )
 from ris_train.checkpoint import OtherVersionError, read_metadata
 from ris_train.ranks import Ranks
@@ -449,5 +450,11 @@ def test_a_run_that_goes_on_cuts_words_with_its_own_tokenizer(run_short, tiny_ca
     vocabulary = f"model.bert.vocabulary={named}"
     with pytest.raises(StoppedError):
         run_short(run, vocabulary, should_stop=StopAfter(1))
+    (run / "tokenizer").rename(run / "kept")
+    (run / "tokenizer").mkdir()
+    with pytest.raises(WeightsError, match=r"run's own tokenizer, .*run/tokenizer, cannot be used"):
+        run_short(run, vocabulary, "train.steps=2", resume=True)
+    (run / "tokenizer").rmdir()
+    (run / "kept").rename(run / "tokenizer")
     shutil.rmtree(named)
     assert run_short(run, vocabulary, "train.steps=2", resume=True).best_step == 2
