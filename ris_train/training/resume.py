@@ -161,7 +161,8 @@ def require_same(before: RunConfig, now: RunConfig, run: RunDirectory) -> None:
         listed = "; ".join(f"{key} was {changed[key][0]!r}, is {changed[key][1]!r}" for key in refused)
         raise ConfigError(
             f"The run {run.path} cannot go on with another configuration: {listed}. Leave these as they "
-            f"were, or train another run with --run. What may change: {', '.join(sorted(MAY_CHANGE))}.",
+            "were (without --recipe and --config a run goes on with its own settings), or train another run "
+            f"with --run. What may change: {', '.join(sorted(MAY_CHANGE))}.",
             keys=refused,
         )
 

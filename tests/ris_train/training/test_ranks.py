@@ -96,6 +96,7 @@ for dtype in (torch.float32, torch.float64):
         save_file(model.state_dict(), f"{out}.{dtype}.safetensors")
 if ranks.is_main:
     Path(out + ".json").write_text(json.dumps([ranks.world, losses]))
+torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
 """
 
 
@@ -176,6 +177,7 @@ except StoppedError:
 stopped = ranks.collect(stopped_after)
 if ranks.is_main:
     print(json.dumps([ranks.world, scores.num_samples, scores.values, stopped]))
+torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
 """
 
 
