@@ -322,7 +322,7 @@ def export(
     *,
     licence: str = UNKNOWN_LICENCE,
 ) -> Path:
-    """Write a checkpoint of a run as a new folder to share, which is there whole or not at all.
+    """Write a checkpoint of a run as a folder to share. A new one is there whole or not at all.
 
     Args:
         run: the run.

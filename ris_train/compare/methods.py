@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,7 +229,7 @@ def _evaluations(
         raise DataError(
             f"{run} holds no samples table in eval/ of checkpoint {checkpoint}"
             f"{'' if rules is None else ' for these rule sets'}{_passed_over(stale)}. Make one: `ris eval "
-            f"--run {run.name} --checkpoint {checkpoint}{option}`, or name a table by its path.",
+            f"--run {shlex.quote(str(run))} --checkpoint {checkpoint}{option}`, or name a table by its path.",
             path=run / "eval",
             checkpoint=checkpoint,
             stale=sorted(stale),

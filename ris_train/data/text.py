@@ -85,7 +85,8 @@ class Tokenizer:
                 pieces(["a", "a b"], padding=True)  # what has no [PAD] is of no use
         except Exception as error:  # whatever the first wrong value of a file leads transformers to
             raise WeightsError(
-                f"No BERT tokenizer at {source!s}{problem}. Give a folder with vocab.txt or tokenizer.json, "
+                f"No BERT tokenizer at {source!s}{problem}. Give a folder with tokenizer.json, or with "
+                "vocab.txt and config.json, "
                 "or a hub name that can be reached from here (model.bert.vocabulary or model.bert.weights).",
                 source=str(source),
             ) from error
