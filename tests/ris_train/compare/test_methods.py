@@ -73,7 +73,7 @@ def test_an_evaluation_of_a_checkpoint_that_another_took_the_place_of_is_passed_
     message = str(caught.value)
     assert "before.parquet is of an earlier checkpoint best" in message
     assert "silent.parquet is of a checkpoint best that it does not identify" in message
-    assert "ris eval --run first" in message
+    assert f"ris eval --run {runs / 'first'} --checkpoint best" in message
     checkpoint.unlink()
     assert tuple(found(runs, "first")[0].splits) == (TEST_A,), "what is gone is known by its evaluations"
     assert found(runs, "first")[0].origin.endswith("silent.parquet")
@@ -94,12 +94,14 @@ def test_the_newest_that_counted_for_the_rules_is_taken(runs, make_table):
     assert found(runs, "first")[0].origin == str(default)
     assert found(runs, "first", rules=rules_named("ris,dfam"))[0].origin == str(every)
     assert found(runs, "first", rules=rules_named("dfam"))[0].origin == str(dfam_only)
-    with pytest.raises(DataError, match=r"ris eval --run first --checkpoint best --rules lavt"):
+    with pytest.raises(DataError, match=rf"ris eval --run {runs / 'first'} --checkpoint best --rules lavt"):
         found(runs, "first", rules=rules_named("lavt"))
 
 
 def test_a_run_without_evaluation_says_how_to_make_one(runs):
-    with pytest.raises(DataError, match=r"holds no samples table.*ris eval --run first --checkpoint best"):
+    with pytest.raises(
+        DataError, match=rf"holds no samples table.*ris eval --run {runs / 'first'} --checkpoint best"
+    ):
         found(runs, "first")
 
 

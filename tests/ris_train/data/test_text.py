@@ -149,7 +149,7 @@ def test_the_vocabulary_wins_over_the_weights_folder_and_is_by_default_the_one_i
 @pytest.mark.parametrize("name", ["", "missing"], ids=["empty", "missing"])
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
-    with pytest.raises(WeightsError, match=r"vocab\.txt or tokenizer\.json") as caught:
+    with pytest.raises(WeightsError, match=r"tokenizer\.json, or with vocab\.txt and config\.json") as caught:
         Tokenizer.from_folder(folder, MAX_TOKENS)
     assert str(folder) in str(caught.value)
     assert caught.value.facts["source"] == str(folder)
