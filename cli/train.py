@@ -262,7 +262,7 @@ def _train(
     json: bool,
 ) -> None:
     from cli.train_progress import TrainProgress
-    from ris_train.ranks import OtherRankError
+    from ris_train.ranks import OtherRankError, leave_ranks
     from ris_train.training import train as run_training
 
     if device.type == "cpu":
@@ -287,10 +287,12 @@ def _train(
             if _is_first():  # one of the processes of torchrun speaks for all
                 progress.say(f"stopped: {stopped}")
             code = stop.exit_code
+            leave_ranks()
         except OtherRankError as error:  # the one that failed says why
             code = error.exit_code
         else:
             code = 0
+            leave_ranks()
     if is_one_of_several:  # the launcher ends the others when one has ended; all is saved and said
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)

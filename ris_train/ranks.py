@@ -151,6 +151,15 @@ def join_ranks(device: torch.device) -> Ranks:
     return Ranks(state.process_index, state.num_processes, chosen)
 
 
+def leave_ranks() -> None:
+    """End what `join_ranks` joined, when all processes are done with each other.
+
+    Threads of a connection that is left open may abort a process while it exits, after all its work.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @contextmanager
 def _explained() -> Iterator[None]:
     """Turn the failure of a connection into words."""

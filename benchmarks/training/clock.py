@@ -7,11 +7,12 @@ by the clock.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -21,20 +22,25 @@ Stamp = Any
 """A moment: seconds on a CPU, a CUDA event on a GPU."""
 
 
-class Spans(Protocol):
+class Spans(ABC):
     """Measures something within named spans, each within the one that is open."""
 
+    @abstractmethod
     def begin(self, name: str) -> None:
         """Open a span."""
-        ...
 
+    @abstractmethod
     def end(self) -> None:
         """Close the span opened last."""
-        ...
 
-    def span(self, name: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
         """Open a span and close it."""
-        ...
+        self.begin(name)
+        try:
+            yield
+        finally:
+            self.end()
 
 
 @dataclass(slots=True)
@@ -45,7 +51,7 @@ class _Span:
     end: Stamp = None
 
 
-class StepClock:
+class StepClock(Spans):
     """Spans of one step.
 
     Args:
@@ -65,15 +71,6 @@ class StepClock:
     def end(self) -> None:
         """Close the span opened last."""
         self._spans[self._open.pop()].end = self._now()
-
-    @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """Open a span and close it."""
-        self.begin(name)
-        try:
-            yield
-        finally:
-            self.end()
 
     def own_ms(self) -> dict[str, float]:
         """Milliseconds of each name without the spans inside; those of one name are added up.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from training.clock import Spans
 
 _ONLY_MEMORY = (
     "aten::empty",
@@ -23,7 +24,7 @@ _ONLY_MEMORY = (
 _READ_BY_HOST = "aten::_local_scalar_dense"
 
 
-class OperationCounter(TorchDispatchMode):
+class OperationCounter(Spans, TorchDispatchMode):
     """While entered, counts the operations that compute or move something, by the span that is open.
 
     An operation on all parameters, such as a fused AdamW, counts once, though a GPU may be given several
@@ -49,15 +50,6 @@ class OperationCounter(TorchDispatchMode):
     def end(self) -> None:
         """Close the span opened last."""
         self._open.pop()
-
-    @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """Open a span and close it."""
-        self.begin(name)
-        try:
-            yield
-        finally:
-            self.end()
 
     def __torch_dispatch__(
         self,

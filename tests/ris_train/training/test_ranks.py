@@ -60,7 +60,7 @@ import torch
 from safetensors.torch import save_file
 from ris_train.config import load_config
 from ris_train.optim import build_optimiser, set_rate
-from ris_train.ranks import join_ranks
+from ris_train.ranks import join_ranks, leave_ranks
 from ris_train.training.randomness import seed_step
 from ris_train.training.setup import prepare
 from ris_train.training.step import StepComputer
@@ -96,7 +96,8 @@ for dtype in (torch.float32, torch.float64):
         save_file(model.state_dict(), f"{out}.{dtype}.safetensors")
 if ranks.is_main:
     Path(out + ".json").write_text(json.dumps([ranks.world, losses]))
-torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
+leave_ranks()
+assert not torch.distributed.is_initialized()
 """
 
 
@@ -155,7 +156,7 @@ from ris_cache.errors import StoppedError
 from ris_train import validation
 from ris_train.checkpoint import load_checkpoint
 from ris_train.data.text import Tokenizer
-from ris_train.ranks import join_ranks
+from ris_train.ranks import join_ranks, leave_ranks
 from ris_train.validation import Validation
 cpu = torch.device("cpu")
 ranks = join_ranks(cpu)
@@ -177,7 +178,8 @@ except StoppedError:
 stopped = ranks.collect(stopped_after)
 if ranks.is_main:
     print(json.dumps([ranks.world, scores.num_samples, scores.values, stopped]))
-torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
+leave_ranks()
+assert not torch.distributed.is_initialized()
 """
 
 
