@@ -22,6 +22,7 @@ from ris_cache.encoders.spec import EncoderSpec, spec_from_dict
 from ris_cache.errors import CheckpointError, FingerprintMismatchError
 from ris_cache.store.files import write_atomically
 from ris_train.config import RunConfig
+from ris_train.json_reading import parse_object
 from ris_train.model.bert import bert_from_dict
 from ris_train.model.segmenter import RisModel
 
@@ -157,10 +158,9 @@ def _without_digest(text: str) -> str:
 def _parsed(text: str) -> dict[str, Any]:
     """A JSON object; empty if the text is none, which is for the reader of its fields to refuse."""
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_object(text)
+    except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _header(path: Path) -> dict[str, str]:
